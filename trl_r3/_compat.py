@@ -1,0 +1,70 @@
+"""Quirks of third parties, one function each, with the condition under which it can go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def in_backward() -> bool:
+    """Whether this thread runs autograd's backward. Goes when PyTorch has a public way to ask."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def checkpoint_function_name(module: nn.Module) -> str | None:
+    """
+    Name of the attribute through which `module` calls activation checkpointing, or `None`.
+
+    Transformers keeps it in `_gradient_checkpointing_func`, the wrapper of `torch.distributed` (FSDP's
+    `activation_checkpointing`) in `checkpoint_fn`. Goes when checkpointing takes a context that its recompute
+    re-enters in both of its variants; `context_fn` exists for the non-reentrant one only.
+    """
+    names = ("_gradient_checkpointing_func", "checkpoint_fn")
+    return next((name for name in names if callable(module.__dict__.get(name))), None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """
+    Whether `torch.compile` runs this module without its Python forward. Goes when PyTorch has a public way to ask.
+    """
+    return isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def uses_kernels(model: Any) -> bool:
+    """Whether `use_kernels=True` replaced forwards of the model. Goes when Transformers has a public attribute."""
+    return bool(getattr(model, "_use_kernels", False))
+
+
+def adapters_are_off(model: nn.Module) -> bool:
+    """
+    Whether this forward of a PEFT model is the reference policy's.
+
+    TRL computes it in the policy's own module, with the adapters disabled or the frozen copy named "ref" active, and
+    tells callees by no argument. Goes when it does.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        return False
+    if "ref" in model.active_adapters:
+        return True
+    return any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in model.modules())
+
+
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner.name` be `value` inside. Each use goes when its owner takes the value as an argument."""
+    had, own = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, own)
+        else:
+            delattr(owner, name)

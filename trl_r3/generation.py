@@ -1,0 +1,338 @@
+"""`generate()` that returns the routes of its rollout, and a forward that takes them.
+
+Legend: B sequences (prompts times `num_return_sequences`), P prompt tokens with padding, T tokens of the returned
+sequences, L MoE layers, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ._compat import is_compiled
+from .routed_experts import MISSING
+from .router_replay import RouterReplay
+
+
+def enable_routing_replay(model: nn.Module) -> RouterReplay:
+    """
+    Let a Transformers model record and replay its routing.
+
+    From now on `model.generate(..., return_dict_in_generate=True, output_routed_experts=True)` returns the expert ids
+    of the rollout in `routed_experts`, and `model(..., routed_experts=...)` replays them.
+
+    Args:
+        model (`torch.nn.Module`):
+            A mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
+
+    Returns:
+        [`RouterReplay`]: The handle, for `record()` and `replay()`.
+
+    Raises:
+        [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
+        `ValueError`: If the model is compiled or already enabled.
+
+    Example:
+
+    ```python
+    >>> replay = enable_routing_replay(model)
+    >>> out = model.generate(**inputs, return_dict_in_generate=True, output_routed_experts=True)
+    >>> out.routed_experts.shape  # (B, T, num_moe_layers, K), T = out.sequences.size(1)
+    >>> loss = model(out.sequences, labels=labels, routed_experts=out.routed_experts).loss
+    >>> disable_routing_replay(model)
+    ```
+    """
+    replay = RouterReplay(model)
+    model._routing_replay = _Surface(model, replay)  # type: ignore[assignment]
+    return replay
+
+
+def disable_routing_replay(model: nn.Module) -> None:
+    """
+    Undo [`enable_routing_replay`]: the model is bit for bit what it was.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that was enabled.
+
+    Raises:
+        `ValueError`: If it was not.
+    """
+    surface = model.__dict__.get("_routing_replay")
+    if surface is None:
+        raise ValueError("the model has no routing replay to disable. Pass the object that was enabled.")
+    surface.remove()
+    del model._routing_replay
+
+
+class _Surface:
+    """
+    What a user of an enabled model touches: `forward(routed_experts=...)` and `generate(output_routed_experts=True)`.
+    """
+
+    def __init__(self, model: nn.Module, replay: RouterReplay):
+        self.model = model
+        self.replay = replay
+        self.own_generate = model.__dict__.get("generate")
+        self.context: Any = None
+        self.handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+        model.generate = self.generate  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Take everything off the model."""
+        for handle in self.handles:
+            handle.remove()
+        if self.own_generate is not None:
+            self.model.generate = self.own_generate
+        else:
+            del self.model.generate
+        self.replay.remove()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        routed_experts = kwargs.pop("routed_experts", None)
+        if routed_experts is not None:
+            _check_loss_rows(routed_experts, kwargs.get("attention_mask"), kwargs.get("labels"))
+            self.context = self.replay.replay(routed_experts)
+            self.context.__enter__()
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        context, self.context = self.context, None
+        if context is not None:
+            # without an output the forward has raised, and what it raised shall be seen
+            failed = None if output is not None else RuntimeError("the forward failed")
+            try:
+                context.__exit__(type(failed) if failed else None, failed, None)
+            except RuntimeError:
+                if failed is None:
+                    raise
+
+    def generate(self, *args, output_routed_experts: bool = False, **kwargs):
+        """`generate` of the model, plus `output_routed_experts` (`bool`, *optional*, defaults to `False`)."""
+        own = self.own_generate or partial(type(self.model).generate, self.model)  # type: ignore[attr-defined]
+        if not output_routed_experts:
+            return own(*args, **kwargs)
+        if not _setting(self.model, kwargs, "return_dict_in_generate"):
+            raise ValueError(
+                "`output_routed_experts=True` returns the routes beside the sequences, but `return_dict_in_generate` "
+                "is not set. Set `return_dict_in_generate=True`."
+            )
+        rollout = generate_with_routes(self.model, self.replay, own, args, kwargs)
+        rollout.output["routed_experts"] = rollout.routed_experts
+        return rollout.output
+
+
+def _check_loss_rows(routed_experts: Tensor, mask: Tensor | None, labels: Tensor | None) -> None:
+    """Refuse a missing row whose prediction the loss counts: its gradient would come from another expert."""
+    if labels is None or routed_experts.ndim != 4 or routed_experts.shape[:2] != labels.shape:
+        return
+    sentinel = 255 if routed_experts.dtype == torch.uint8 else MISSING
+    missing = (routed_experts[:, :-1, 0, 0] == sentinel).to(labels.device)
+    counted = labels[:, 1:] != -100
+    if mask is not None and mask.shape == labels.shape:
+        counted = counted & (mask[:, :-1] * mask[:, 1:]).bool()
+    if (missing & counted).any():
+        sample, position = (missing & counted).nonzero()[0].tolist()
+        raise ValueError(
+            f"sample {sample}: the row of position {position} is missing, but the loss counts its prediction, one of "
+            f"{int((missing & counted).sum())} such rows. Set `labels` to -100 where no row was recorded, or pass the "
+            "rows."
+        )
+
+
+@dataclass
+class Rollout:
+    """One call of `generate` with its routes."""
+
+    output: Any  # what `generate` returned
+    sequences: Tensor  # (B, T)
+    prompt_width: int
+    routed_experts: Tensor  # (B, T, L, K) int16, -1 where nothing was routed
+    logprobs: Tensor | None  # (B, T - P), of the sampled tokens
+
+
+def generate_with_routes(
+    model: nn.Module,
+    replay: RouterReplay,
+    generate: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    temperature: float | None = None,
+) -> Rollout:
+    """
+    Call `generate` and record every forward in it.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that generates.
+        replay ([`RouterReplay`]):
+            Its handle.
+        generate (`Callable`):
+            Its own `generate`.
+        args, kwargs:
+            Arguments for it.
+        temperature (`float`, *optional*):
+            If given, the log-probabilities of the sampled tokens are returned: of the model's logits divided by it,
+            before any truncation of the distribution, as the trainer scores them.
+
+    Returns:
+        [`Rollout`].
+
+    Raises:
+        `ValueError`: If the way of decoding does not feed every token once, in order.
+    """
+    _check_decoding(model, kwargs)
+    lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    sampled = _SampledLogProbs(lm, temperature) if temperature is not None else None
+    try:
+        with replay.record() as recorded:
+            output = generate(*args, **_without_compile(kwargs))
+    finally:
+        if sampled is not None:
+            sampled.remove()
+    sequences = output if torch.is_tensor(output) else output.sequences
+    prompt = next(
+        a for a in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids")) if a is not None
+    )
+    width = prompt.shape[1]
+    fed = sum(forward.shape[1] for forward in recorded.forwards)
+    lengths = [forward.shape[1] for forward in recorded.forwards]
+    decoding = lengths[next(i for i in range(len(lengths)) if sum(lengths[: i + 1]) >= min(width, fed)) + 1 :]
+    if fed < sequences.shape[1] - 1 or any(length != 1 for length in decoding):
+        raise RuntimeError(
+            f"`generate` fed {fed} tokens in {len(lengths)} forwards for sequences of {sequences.shape[1]} tokens "
+            f"with a prompt of {width}: its cache was off, or held a part of the prompt. Set `use_cache=True`, pass "
+            "no `past_key_values`, and disable gradient checkpointing while generating."
+        )
+    routes = recorded.routed_experts[:, : sequences.shape[1] - 1]
+    routes = torch.cat([routes, routes.new_full((routes.shape[0], 1, *routes.shape[2:]), MISSING)], dim=1)
+    fed_BT = _routed_positions(model, sequences, width, _prompt_mask(model, prompt, kwargs), kwargs)
+    routes = routes.masked_fill_(~fed_BT[:, :, None, None].to(routes.device), MISSING)
+    logprobs = sampled.of(sequences, width) if sampled is not None else None
+    return Rollout(output, sequences, width, routes, logprobs)
+
+
+def _without_compile(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A static cache would compile the forward, which then runs past the capture."""
+    config = kwargs.get("generation_config")
+    if config is None:
+        return {**kwargs, "disable_compile": True}
+    config = copy.copy(config)
+    config.disable_compile = True
+    return {**kwargs, "generation_config": config}
+
+
+def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """A generation setting as `generate` resolves it: argument, then given config, then the model's."""
+    for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)):
+        if value is not None:
+            return value
+    return getattr(model.generation_config, name, None)
+
+
+def _check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuse what reorders, rejects or repeats tokens between forwards."""
+
+    def refuse(what: str, reason: str, remedy: str) -> None:
+        raise ValueError(f"routes cannot be recorded with {what}: {reason}. Set {remedy} instead.")
+
+    if (_setting(model, kwargs, "num_beams") or 1) > 1:
+        beams = _setting(model, kwargs, "num_beams")
+        refuse(f"`num_beams={beams}`", "beam search reorders sequences between forwards", "`num_beams=1`")
+    if kwargs.get("assistant_model") is not None or _setting(model, kwargs, "prompt_lookup_num_tokens"):
+        refuse(
+            "assisted decoding",
+            "it feeds draft tokens and rejects some of them",
+            "`assistant_model=None` and `prompt_lookup_num_tokens=None`",
+        )
+    if _setting(model, kwargs, "use_cache") is False:
+        refuse("`use_cache=False`", "every forward routes all tokens again", "`use_cache=True`")
+    if kwargs.get("custom_generate") is not None:
+        refuse("`custom_generate`", "its forwards are unknown", "`custom_generate=None`")
+    if _setting(model, kwargs, "cache_implementation") == "paged":
+        refuse("`cache_implementation='paged'`", "it batches requests continuously", "`cache_implementation=None`")
+    if kwargs.get("inputs_embeds") is not None:
+        refuse("`inputs_embeds`", "the returned sequences lack the prompt", "`input_ids`")
+    if is_compiled(model):
+        refuse("a compiled model", "it runs past the capture", "no `torch.compile`")
+
+
+def _prompt_mask(model: Any, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(prompts, P) of `bool`: given, or inferred from padding by the rule that `generate` documents."""
+    if kwargs.get("attention_mask") is not None:
+        return kwargs["attention_mask"].bool()
+    pad, ends = _setting(model, kwargs, "pad_token_id"), _end_tokens(model, kwargs)
+    return prompt != pad if pad is not None and pad not in ends else torch.ones_like(prompt, dtype=torch.bool)
+
+
+def _end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    ends = _setting(model, kwargs, "eos_token_id")
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _routed_positions(
+    model: Any, sequences: Tensor, width: int, prompt_mask: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """(B, T) of `bool`: real tokens of each sequence, but for its last one, which was sampled and not fed."""
+    repeats = sequences.shape[0] // prompt_mask.shape[0]
+    completion, ends = sequences[:, width:], _end_tokens(model, kwargs)
+    real = torch.ones_like(completion, dtype=torch.bool)
+    if ends and completion.shape[1]:
+        is_end = torch.isin(completion, torch.tensor(ends, device=completion.device))
+        real = is_end.int().cumsum(1) - is_end.int() == 0
+        pad = _setting(model, kwargs, "pad_token_id")
+        if pad is not None and pad not in ends:  # sequences that a stopping criterion ended are filled up with padding
+            real &= (completion != pad).flip(1).int().cummax(1).values.flip(1).bool()
+    prompt = prompt_mask.repeat_interleave(repeats, 0).to(sequences.device)
+    real_BT = torch.cat([prompt, real], dim=1)
+    last = real_BT.shape[1] - 1 - real_BT.int().flip(1).argmax(1)
+    return real_BT.scatter(1, last[:, None], False)
+
+
+class _SampledLogProbs:
+    """Log-probabilities of sampled tokens, kept as (B,) a step: storing logits would take (B, T, V)."""
+
+    def __init__(self, lm: nn.Module, temperature: float):
+        self.temperature = temperature
+        self.logits: Tensor | None = None  # (B, V) of the last position so far
+        self.position = 0
+        self.values: dict[int, Tensor] = {}  # by position of the token
+        self.handles = [
+            lm.register_forward_pre_hook(self._before, with_kwargs=True),
+            lm.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"]
+        self._score(ids[:, 0])
+        self.position += ids.shape[1]
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.logits = output.logits[:, -1].detach().float() / self.temperature
+
+    def _score(self, token: Tensor) -> None:
+        if self.logits is not None:
+            token = token.to(self.logits.device)
+            chosen = self.logits.gather(1, token[:, None])[:, 0]
+            self.values[self.position] = chosen - self.logits.logsumexp(1)
+
+    def of(self, sequences: Tensor, width: int) -> Tensor:
+        """(B, T - P): one value a completion token."""
+        if self.position == sequences.shape[1] - 1:
+            self._score(sequences[:, -1])
+        return torch.stack([self.values[position] for position in range(width, sequences.shape[1])], dim=1)

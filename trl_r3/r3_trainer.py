@@ -1,0 +1,316 @@
+"""TRL's trainers, replaying the routes of their rollouts. What is not overridden here is left to TRL.
+
+Legend: B batch, C completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
+
+from ._compat import adapters_are_off, swapped
+from .generation import generate_with_routes
+from .metrics import extreme_token_frac, k3_kl
+from .rollout.turns import RolloutRecord, ScoredBatch, Turn, slice_samples, stitch
+from .routed_experts import pack
+from .router_replay import ReplayStats, RouterReplay
+
+if TYPE_CHECKING:
+    _Trainer = GRPOTrainer  # what the mixin calls with `super()`
+else:
+    _Trainer = object
+
+
+@dataclass
+class _Scoring:
+    """What the passes inside one call of TRL score."""
+
+    known: RolloutRecord | None = None  # once there are completions
+    inputs: dict[str, Any] | None = None  # of an update; without them: the passes over a fresh rollout
+
+    @property
+    def rollout(self) -> RolloutRecord:
+        """The records."""
+        assert self.known is not None, "TRL scores before it has generated"
+        return self.known
+
+
+class RoutingReplayMixin(_Trainer):
+    """
+    Routing replay for a trainer of the GRPO family: a delta of the passes that generate and score.
+
+    Rollouts are recorded, one array a sample, and travel with TRL's own batch dict. Each pass of the policy over them
+    replays; the reference policy, reward models and evaluation route live.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._attached_replay: RouterReplay | None = None
+        self._turns: list[Turn] = []
+        self._scoring: _Scoring | None = None
+        self._last_compared: int | None = None
+        config = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
+        self._use_replay = bool(getattr(config, "use_routing_replay", False))
+        if self._use_replay:
+            _check_rollout(config, kwargs)
+        super().__init__(*args, **kwargs)
+        if self._use_replay:
+            if self._is_vlm:
+                raise ValueError(
+                    "routing replay of vision-language models is not supported: the processor expands image "
+                    "placeholders, so rollout and training tokens differ in number. Set `use_routing_replay=False`."
+                )
+            with self._attached():  # unsupported models fail now, not at the first step
+                pass
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        replay = self._attached_replay = RouterReplay(self.accelerator.unwrap_model(self.model))
+        try:
+            yield
+        finally:
+            replay.remove()
+            self._attached_replay = None
+
+    @property
+    def routing_replay(self) -> RouterReplay:
+        """The handle on the policy, while it trains."""
+        if self._attached_replay is None:
+            raise RuntimeError("routing replay is attached to the policy only while `train()` runs. Call it inside.")
+        return self._attached_replay
+
+    def train(self, *args, **kwargs):
+        """`train` of TRL. The model is attached while it runs, and given back as it was."""
+        if not self._use_replay:
+            return super().train(*args, **kwargs)
+        with self._attached():
+            return super().train(*args, **kwargs)
+
+    @property
+    def _replays_now(self) -> bool:
+        return self._use_replay and self.model.training
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if not self._replays_now:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        rollouts = []
+
+        def generate(*generate_args, **generate_kwargs):
+            rollouts.append(
+                generate_with_routes(
+                    model,
+                    self.routing_replay,
+                    own_generate,
+                    generate_args,
+                    generate_kwargs,
+                    temperature=self.temperature,
+                )
+            )
+            return rollouts[-1].output
+
+        own_generate = model.generate
+        with swapped(model, "generate", generate):
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        (rollout,) = rollouts
+        prompts, completions = [len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids]
+        routes = pack(rollout.routed_experts.cpu(), self.routing_replay.shape)
+        records = slice_samples(routes, rollout.prompt_width, prompts, completions)
+        sampled = [values[:count] for values, count in zip(rollout.logprobs.cpu(), completions, strict=True)  # type: ignore[union-attr]]
+        self._turns.append(Turn(prompt_ids, completion_ids, records, sampled))
+        return completion_ids, logprobs
+
+    def _generate(self, prompts):
+        if not self._replays_now:
+            return super()._generate(prompts)
+        self._turns = []
+        try:
+            output = super()._generate(prompts)
+            rollout = stitch(self._turns, output[0], output[1], self.routing_replay.shape)
+        finally:
+            self._turns = []
+        share, sample = rollout.missing_share(self.routing_replay.shape)
+        if share > self.args.routing_replay_max_missing:
+            raise RuntimeError(
+                f"{share:.2%} of the rollout's rows have no record, the first in sample {sample}, but "
+                f"`routing_replay_max_missing` allows {self.args.routing_replay_max_missing:.2%}. Fix the rollout, or "
+                f"set `routing_replay_max_missing` to let these rows route live."
+            )
+        assert self._scoring is not None
+        self._scoring.known = rollout
+        return output
+
+    def _generate_and_score_completions(self, inputs):
+        if not self._replays_now:
+            return super()._generate_and_score_completions(inputs)
+        with self._scores(_Scoring()) as scoring:
+            output = super()._generate_and_score_completions(inputs)
+            rollout = scoring.rollout
+            output["routed_experts"] = rollout.records
+            output["routed_prompt_lengths"] = rollout.prompt_lengths
+            if rollout.logprobs is not None:
+                output["rollout_logprobs"] = self._padded_like(rollout.logprobs, output["completion_ids"])
+            self._log_mismatch(output, output.get("old_per_token_logps"))
+        if self._compare_is_due():
+            self._log_mismatch(output, self._score_live(output), prefix="sampling/live")
+        return output
+
+    def _compute_loss(self, model, inputs):
+        if not self._replays_now:
+            return super()._compute_loss(model, inputs)
+        rollout = RolloutRecord(inputs["routed_prompt_lengths"], inputs["routed_experts"], None)
+        with self._scores(_Scoring(rollout, inputs)):
+            return super()._compute_loss(model, inputs)
+
+    @contextmanager
+    def _scores(self, scoring: _Scoring) -> Iterator[_Scoring]:
+        self._scoring = scoring
+        try:
+            yield scoring
+        finally:
+            self._scoring = None
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        def score():
+            return super(RoutingReplayMixin, self)._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+
+        scoring = self._scoring
+        if scoring is None or (scoring.inputs is None and self._is_reference(model)):
+            return score()
+        prompt_width = input_ids.size(1) - logits_to_keep
+        if self.args.routing_replay_mode == "R2" and scoring.inputs is None:
+            return self._record_old_policy(score, scoring.rollout, prompt_width)
+        batch = ScoredBatch(
+            scoring.rollout.prompt_lengths, scoring.rollout.records, prompt_width, self.routing_replay.shape
+        )
+        with self.routing_replay.replay_from(batch) as stats:
+            result = score()
+        batch.check_done()
+        if scoring.inputs is not None:
+            self._log_replay(stats, scoring.rollout)
+            if "old_per_token_logps" not in scoring.inputs:  # then no update has happened since the rollout
+                self._log_mismatch(scoring.inputs, result[0].detach())
+        return result
+
+    def _is_reference(self, model) -> bool:
+        # with PEFT the reference is the policy's own module, so the pass tells, not the module
+        return model is self.ref_model or adapters_are_off(self.accelerator.unwrap_model(model))
+
+    def _record_old_policy(self, score, rollout: RolloutRecord, prompt_width: int):
+        with self.routing_replay.record() as recorded:
+            result = score()
+        routes = torch.cat(recorded.forwards).cpu()
+        completions = [
+            record.shape[0] + 1 - length
+            for record, length in zip(rollout.records, rollout.prompt_lengths, strict=True)
+        ]
+        rollout.records = slice_samples(routes, prompt_width, rollout.prompt_lengths, completions)
+        return result
+
+    def _compare_is_due(self) -> bool:
+        every, step = self.args.routing_replay_compare_every, self.state.global_step
+        due = every > 0 and (self._last_compared is None or step - self._last_compared >= every)
+        if due:
+            self._last_compared = step
+        return due
+
+    def _score_live(self, output: dict[str, Any]) -> Tensor:
+        input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return self._get_per_token_logps_and_entropies(
+                self.model,
+                input_ids,
+                attention_mask,
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )[0]
+
+    def _padded_like(self, logprobs: list[Tensor], completion_ids: Tensor) -> Tensor:
+        padded = pad(logprobs, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+        return padded.to(completion_ids.device)
+
+    def _log_mismatch(self, batch: dict[str, Any], train_logprobs: Tensor | None, prefix: str = "sampling") -> None:
+        """Log rollout against training, at weights that have not changed since the rollout."""
+        rollout_logprobs = batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
+        if train_logprobs is None or rollout_logprobs is None:
+            return
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        count = (mask.bool() & ~rollout_logprobs.isnan()).sum()
+        for name, measure in (("k3_kl", k3_kl), ("extreme_token_frac", extreme_token_frac)):
+            total = (measure(train_logprobs, rollout_logprobs, mask) * count).nan_to_num()
+            self._log_share(f"{prefix}/{name}", total, count)
+
+    def _log_replay(self, stats: ReplayStats, rollout: RolloutRecord) -> None:
+        """Log how much was replayed, and how far live routing has moved from the record."""
+        rows = sum(record.shape[0] for record in rollout.records)
+        routers = stats.recorded_tokens * len(self.routing_replay.moe_layers)
+        self._log_share("routing_replay/replayed_frac", stats.recorded_tokens, rows)
+        self._log_share("routing_replay/missing_frac", rows - stats.recorded_tokens, rows)
+        self._log_share("routing_replay/changed_router_frac", stats.changed_routers, routers)
+        self._log_share("routing_replay/changed_token_frac", stats.changed_tokens, stats.recorded_tokens)
+
+    def _log_share(self, name: str, part: Tensor | int, whole: Tensor | int) -> None:
+        """Log part / whole over all processes. Without a whole there is nothing to log."""
+        local = torch.tensor([float(part), float(whole)], device=self.accelerator.device)
+        total_part, total_whole = self.accelerator.reduce(local, reduction="sum").tolist()
+        self._metrics["train"][name].append(total_part / total_whole if total_whole else float("nan"))
+
+
+def _check_rollout(args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse ways of making completions whose routes cannot be recorded."""
+    refused = {
+        "use_vllm=True": args.use_vllm,
+        "use_transformers_continuous_batching=True": args.use_transformers_continuous_batching,
+        "tools": kwargs.get("tools"),
+        "environment_factory": kwargs.get("environment_factory"),
+        "rollout_func": kwargs.get("rollout_func"),
+    }
+    found = [name for name, value in refused.items() if value]
+    if found:
+        raise ValueError(
+            f"routing replay cannot record rollouts made with {' and '.join(f'`{name}`' for name in found)}. Generate "
+            "with Transformers, without them, or set `use_routing_replay=False`."
+        )
+
+
+class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] with Rollout Routing Replay (R3, https://huggingface.co/papers/2510.11370).
+
+    With `use_routing_replay=True`, every training forward goes through the experts that the rollout went through: the
+    old-policy pass, each update and each recompute of gradient checkpointing. Weights and gradients stay live. Left
+    alone are the reference policy, reward models and evaluation, which route live, and everything else that TRL does.
+    With
+    `use_routing_replay=False` it is `GRPOTrainer`, number for number.
+
+    Args:
+        args ([`R3GRPOConfig`], *optional*):
+            Configuration. If `None`, a default one without replay.
+        kwargs:
+            All other arguments are those of [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+    >>> trainer = R3GRPOTrainer(
+    ...     model="Qwen/Qwen3-30B-A3B",
+    ...     args=R3GRPOConfig("out", use_routing_replay=True),
+    ...     reward_funcs=accuracy_reward,
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "r3"]

@@ -1,0 +1,199 @@
+"""From the turns of a rollout to one record a sample, and from records to the batches that the trainer scores.
+
+Legend: B batch, T tokens of a sequence (P prompt + C completion), R rows, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..routed_experts import RoutingShape, align, check_length, check_rows, check_stale, missing_rows
+
+
+@dataclass
+class Turn:
+    """
+    One call of the rollout engine.
+
+    Args:
+        prompt_ids, completion_ids (list of `list[int]`):
+            Tokens it was given, and tokens it sampled.
+        records (list of `torch.Tensor` of shape `(P_i + C_i - 1, L, K)`):
+            Packed ids of each of its sequences.
+        logprobs (list of `torch.Tensor` of shape `(C_i,)`, *optional*):
+            Log-probabilities that it sampled with.
+    """
+
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    records: Sequence[Tensor]
+    logprobs: Sequence[Tensor] | None = None
+
+
+@dataclass
+class RolloutRecord:
+    """What the rollout of a batch leaves for training: one entry a sample, no padding."""
+
+    prompt_lengths: list[int]
+    records: list[Tensor]  # packed (T_i - 1, L, K)
+    logprobs: list[Tensor] | None  # (C_i,)
+
+    def missing_share(self, shape: RoutingShape) -> tuple[float, int | None]:
+        """Share of rows without a record, and the first sample that has such a row."""
+        missing = [int(missing_rows(record, shape).sum()) for record in self.records]
+        rows = sum(record.shape[0] for record in self.records)
+        return sum(missing) / max(rows, 1), next((i for i, count in enumerate(missing) if count), None)
+
+
+def stitch(
+    turns: Sequence[Turn],
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    shape: RoutingShape,
+) -> RolloutRecord:
+    """
+    Join the turns of each sample.
+
+    A later turn is given the whole conversation again, and what it prefills was already routed once. The earliest turn
+    that fed a token wins, because its routing gave the sampled log-probabilities; later turns fill the positions that
+    are new: the last token of the turn before, what a tool said, and what they sampled.
+
+    Args:
+        turns (sequence of [`Turn`]):
+            In the order they were made. The first holds every sample, later ones those that went on, in order.
+        prompt_ids, completion_ids (sequence of `list[int]`):
+            What the trainer scores: completions hold all turns and tool results, and may be truncated.
+        shape ([`RoutingShape`]):
+            Layers and experts of the model.
+
+    Returns:
+        [`RolloutRecord`]: Rows that no turn fed are missing.
+
+    Raises:
+        `ValueError`: If a record does not belong to its tokens, or cannot be one of this model; it names the sample.
+    """
+    sequences = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    stitched = [_Stitched(len(ids), shape) for ids in sequences]
+    for number, turn in enumerate(turns):
+        start = 0
+        for entry, record in enumerate(turn.records):
+            fed = [*turn.prompt_ids[entry], *turn.completion_ids[entry]]
+            sample = entry if number == 0 else _sample_of(turn.prompt_ids[entry], sequences, start)
+            start = sample + 1
+            check_length(record.shape[0], len(fed), sample)
+            check_rows(record, shape, sample=sample)
+            check_stale(record, torch.tensor(fed), shape, sample=sample)
+            stitched[sample].add(turn, entry, _common_prefix(fed, sequences[sample]))
+    lengths = [len(prompt) for prompt in prompt_ids]
+    logprobs = None
+    if all(turn.logprobs is not None for turn in turns):
+        logprobs = [joined.logprobs[length:] for joined, length in zip(stitched, lengths, strict=True)]
+    return RolloutRecord(lengths, [joined.record for joined in stitched], logprobs)
+
+
+class _Stitched:
+    """The record of one sample while its turns are joined."""
+
+    def __init__(self, num_tokens: int, shape: RoutingShape):
+        size = (max(num_tokens - 1, 0), len(shape.moe_layers), shape.top_k)
+        self.record = torch.full(size, shape.missing, dtype=shape.storage_dtype)
+        self.logprobs = torch.full((num_tokens,), float("nan"))
+        self.filled = 0
+
+    def add(self, turn: Turn, entry: int, agreed: int) -> None:
+        """Fill the rows that are new, as far as the tokens agree."""
+        end = min(agreed, turn.records[entry].shape[0], self.record.shape[0])
+        if end > self.filled:
+            self.record[self.filled : end] = turn.records[entry][self.filled : end]
+            self.filled = end
+        if turn.logprobs is not None:
+            first = len(turn.prompt_ids[entry])
+            sampled = turn.logprobs[entry][: max(agreed - first, 0)]
+            self.logprobs[first : first + len(sampled)] = sampled
+
+
+def _sample_of(prompt: Sequence[int], sequences: list[list[int]], start: int) -> int:
+    for sample in range(start, len(sequences)):
+        if sequences[sample][: len(prompt)] == list(prompt):
+            return sample
+    raise ValueError(
+        f"a turn was given a prompt of {len(prompt)} tokens that is the beginning of none of the "
+        f"{len(sequences) - start} sequences from sample {start} on, so its routes belong to no sample. Do not "
+        "re-tokenize between turns."
+    )
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    for position, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return position
+    return min(len(one), len(other))
+
+
+def slice_samples(
+    batch: Tensor, prompt_width: int, prompts: Sequence[int], completions: Sequence[int]
+) -> list[Tensor]:
+    """
+    Undo the padding of a batch of left-padded prompts and right-padded completions.
+
+    Args:
+        batch (`torch.Tensor` of shape `(B, T, L, K)`):
+            Ids, one row a position.
+        prompt_width (`int`):
+            Width of the padded prompts.
+        prompts, completions (sequence of `int`):
+            P_i and C_i, without padding.
+
+    Returns:
+        list of `torch.Tensor` of shape `(P_i + C_i - 1, L, K)`, in memory of their own.
+    """
+    return [
+        sample[prompt_width - p : prompt_width + c - 1].clone()
+        for sample, p, c in zip(batch, prompts, completions, strict=True)
+    ]
+
+
+@dataclass
+class ScoredBatch:
+    """
+    The records of a batch that one or several forwards score, a slice of its samples each.
+
+    Args:
+        prompt_lengths (list of `int`):
+            P_i of each sample.
+        records (list of `torch.Tensor` of shape `(T_i - 1, L, K)`):
+            Packed ids.
+        prompt_width (`int`):
+            Width of the padded prompts.
+        shape ([`RoutingShape`]):
+            Layers and experts of the model.
+    """
+
+    prompt_lengths: Sequence[int]
+    records: Sequence[Tensor]
+    prompt_width: int
+    shape: RoutingShape
+    scored: int = field(default=0, init=False)
+
+    def take(self, tokens: Tensor | None, batch_size: int, num_tokens: int) -> Tensor:
+        """Packed ids of shape `(B, T, L, K)` of the next `batch_size` samples: only these go to the device."""
+        chosen = slice(self.scored, self.scored + batch_size)
+        if chosen.stop > len(self.records):
+            raise RuntimeError(
+                f"a forward scores samples {chosen.start} to {chosen.stop - 1}, but the batch has "
+                f"{len(self.records)}. Replay expects every sample to be scored once, in order."
+            )
+        self.scored = chosen.stop
+        return align(self.records[chosen], self.prompt_lengths[chosen], self.prompt_width, num_tokens, self.shape)
+
+    def check_done(self) -> None:
+        """Refuse a pass that left samples out."""
+        if self.scored != len(self.records):
+            raise RuntimeError(
+                f"{self.scored} of {len(self.records)} samples were scored with their record. Replay expects every "
+                "sample to be scored once, in order."
+            )

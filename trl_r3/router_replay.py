@@ -1,0 +1,316 @@
+"""A model's routers under one handle: record their selections, replay them, remove every trace.
+
+Legend: B batch, T tokens of a sequence, N = B * T, L MoE layers, S layer slots (L, or one per decoder layer), K
+experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ._compat import in_backward, is_compiled
+from .discovery import find_routers
+from .forward_pass import ActivePass, ForwardPass, Patch, bound_checkpoints
+from .routed_experts import RoutingShape, check_rows, check_stale, missing_rows, pack, select_moe_layers, unpack
+
+
+class RecordSource(Protocol):
+    """Where a forward gets its record from."""
+
+    def take(self, tokens: Tensor | None, batch_size: int, num_tokens: int) -> Tensor:
+        """Packed ids of shape `(B, T, L, K)` for the forward of these tokens."""
+
+
+@dataclass
+class RecordedRoutes:
+    """What [`RouterReplay.record`] yields: the selections of all forwards inside it."""
+
+    shape: RoutingShape
+    forwards: list[Tensor] = field(default_factory=list)  # packed (B, T_i, L, K)
+
+    @property
+    def routed_experts(self) -> Tensor:
+        """
+        `torch.Tensor` of shape `(B, T, L, K)`, `torch.int16`: the forwards so far, concatenated along the sequence.
+        """
+        if not self.forwards:
+            raise RuntimeError(
+                "no forward ran inside `record()`, so there is nothing to read. Call the model inside it."
+            )
+        sizes = {forward.shape[0] for forward in self.forwards}
+        if len(sizes) != 1:
+            raise RuntimeError(
+                f"the forwards inside `record()` had batch sizes {sorted(sizes)}, which cannot be concatenated along "
+                "the sequence. Record batches of different sizes separately."
+            )
+        return unpack(torch.cat(self.forwards, dim=1), self.shape)
+
+
+@dataclass
+class ReplayStats:
+    """What [`RouterReplay.replay`] yields: counts over its forwards, on the model's device until they are read."""
+
+    forwards: int = 0
+    recorded_tokens: Tensor | int = 0  # tokens with a record
+    changed_routers: Tensor | int = 0  # (token, layer) pairs whose live set differs from the recorded one
+    changed_tokens: Tensor | int = 0  # tokens with at least one such layer
+
+
+@dataclass
+class _WholeBatch:
+    """A record that every forward uses as a whole."""
+
+    record: Tensor  # packed (B, T, L, K)
+    shape: RoutingShape
+
+    def take(self, tokens: Tensor | None, batch_size: int, num_tokens: int) -> Tensor:
+        if tuple(self.record.shape[:2]) != (batch_size, num_tokens):
+            raise ValueError(
+                f"`routed_experts` is for a batch of {self.record.shape[0]} x {self.record.shape[1]} tokens, but the "
+                f"forward has {batch_size} x {num_tokens}. Pass the record of these tokens, padded as they are."
+            )
+        if tokens is not None:
+            for sample, (record, row) in enumerate(zip(self.record, tokens, strict=True)):
+                check_stale(record, row, self.shape, sample=sample)
+        return self.record
+
+
+class RouterReplay:
+    """
+    Records and replays the expert selections of a model.
+
+    Attaching runs a few tokens through the model to find its routers, and checks each of them. Until it is removed,
+    the handle owns the forward of the routers and of the module above the decoder layers; outside `record()` and
+    `replay()` they do what they always did.
+
+    Args:
+        model (`torch.nn.Module`):
+            A Transformers mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
+
+    Raises:
+        [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
+        `ValueError`: If the model is compiled or already attached.
+
+    Example:
+
+    ```python
+    >>> replay = RouterReplay(model)
+    >>> with replay.record() as recorded, torch.no_grad():
+    ...     model(input_ids)
+    >>> with replay.replay(recorded.routed_experts):
+    ...     loss = model(input_ids, labels=input_ids).loss
+    >>> loss.backward()  # a recompute replays the same record
+    >>> replay.remove()
+    ```
+    """
+
+    def __init__(self, model: nn.Module):
+        unwrapped = _unwrap(model)
+        if any(isinstance(getattr(m.__dict__.get("forward"), "__self__", None), Patch) for m in unwrapped.modules()):
+            raise ValueError(
+                "the model already has routing replay attached. Use the handle that exists, or call "
+                "`disable_routing_replay(model)` (`remove()` of the handle) first."
+            )
+        for module in (model, unwrapped):
+            if is_compiled(module):
+                raise ValueError(
+                    f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to "
+                    "the model before compiling, and do not compile it."
+                )
+        self._routers, stack_name, num_decoder_layers = find_routers(unwrapped)
+        first = self._routers[0]
+        layers = tuple(router.layer for router in self._routers)
+        self.shape = RoutingShape(layers, num_decoder_layers, first.num_experts, first.top_k)
+        self._stack = unwrapped.get_submodule(stack_name)
+        self._active = ActivePass()
+        self._has_replayed = False
+        self._source: RecordSource | None = None
+        self._stats: ReplayStats | None = None
+        self._recorded: RecordedRoutes | None = None
+        self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self._routers)] + [
+            Patch(self._stack, self._forward_stack)
+        ]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Decoder-layer indices of the MoE layers, ascending."""
+        return self.shape.moe_layers
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """Number of decoder layers, dense ones included."""
+        return self.shape.num_decoder_layers
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts a router chooses from."""
+        return self.shape.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Number of experts a token is routed to."""
+        return self.shape.top_k
+
+    def __repr__(self) -> str:
+        router = type(self._routers[0].module).__name__
+        return (
+            f"RouterReplay({router}, moe_layers={list(self.moe_layers)}, "
+            f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k})"
+        )
+
+    @contextmanager
+    def record(self) -> Iterator[RecordedRoutes]:
+        """
+        Record the selections of all forwards inside.
+
+        Yields:
+            [`RecordedRoutes`]: Its `routed_experts` has shape `(B, T, L, K)` and dtype `torch.int16`, on the model's
+            device: all forwards, concatenated along the sequence.
+        """
+        self._check_idle("record")
+        self._recorded = recorded = RecordedRoutes(self.shape)
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def replay(self, routed_experts: Tensor) -> Iterator[ReplayStats]:
+        """
+        Replay a record in every forward inside, and in the recomputes of their backward, wherever that runs.
+
+        Args:
+            routed_experts (`torch.Tensor` of shape `(B, T, S, K)`):
+                Ids of any integer dtype, on any device, aligned with the tokens of the forward. S is the number of MoE
+                layers, or of decoder layers (slots of dense layers are ignored). A row of -1 is missing: its token
+                routes live.
+
+        Yields:
+            [`ReplayStats`]: How far live and recorded selections differ.
+
+        Raises:
+            `ValueError`: If the record cannot be one of this model or of the forward's batch.
+            `RuntimeError`: If no forward went through the model.
+        """
+        with self.replay_from(self.batch_source(routed_experts)) as stats:
+            yield stats
+
+    def batch_source(self, routed_experts: Tensor) -> RecordSource:
+        """
+        Check a record of a whole batch.
+
+        Args:
+            routed_experts (`torch.Tensor` of shape `(B, T, S, K)`):
+                As in [`RouterReplay.replay`].
+
+        Returns:
+            [`RecordSource`]: What [`RouterReplay.replay_from`] takes.
+
+        Raises:
+            `ValueError`: Naming sample, layer and both numbers.
+        """
+        if routed_experts.ndim != 4:
+            raise ValueError(
+                f"`routed_experts` has {routed_experts.ndim} dimensions, shape {tuple(routed_experts.shape)}, "
+                "expected 4: (batch, tokens, layers, top_k)."
+            )
+        record = pack(select_moe_layers(routed_experts, self.shape), self.shape)
+        for sample, rows in enumerate(record):
+            check_rows(rows, self.shape, sample=sample)
+            if rows.shape[0] > 1 and bool(missing_rows(rows, self.shape).all()):
+                raise ValueError(
+                    f"sample {sample}: all {rows.shape[0]} rows are missing, so nothing of it would be replayed. Pass "
+                    "its record, or leave the sample out."
+                )
+        return _WholeBatch(record, self.shape)
+
+    @contextmanager
+    def replay_from(self, source: RecordSource) -> Iterator[ReplayStats]:
+        """Like [`RouterReplay.replay`], for a batch whose rows several forwards share."""
+        self._check_idle("replay")
+        self._source, self._stats = source, (stats := ReplayStats())
+        try:
+            yield stats
+        finally:
+            self._source = self._stats = None
+        if stats.forwards == 0:
+            raise RuntimeError(
+                "no forward went through the model inside `replay()`, so nothing was replayed. Call the model that "
+                "this handle is attached to."
+            )
+
+    def remove(self) -> None:
+        """Give the model back as it was, bit for bit."""
+        while self._patches:
+            self._patches.pop().remove()
+
+    def _check_idle(self, wanted: str) -> None:
+        if not self._patches:
+            raise RuntimeError(f"`{wanted}()` on a handle that was removed. Attach to the model again.")
+        busy = "record" if self._recorded is not None else "replay" if self._source is not None else None
+        if busy is not None:
+            raise RuntimeError(f"`{wanted}()` inside `{busy}()`: a forward either records or replays. Nest nothing.")
+
+    def _route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        pass_ = self._active.current
+        if pass_ is not None:
+            return pass_.route(index, forward, args, kwargs)
+        if self._has_replayed and in_backward():
+            raise RuntimeError(
+                f"{self._routers[index].name} is recomputed in backward by a checkpoint that replay does not know, so "
+                "its record is lost. Use `model.gradient_checkpointing_enable()`."
+            )
+        return forward(*args, **kwargs)
+
+    def _forward_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._source is None and self._recorded is None and not self._has_replayed:
+            return forward(*args, **kwargs)
+        tokens, (batch_size, num_tokens) = _batch_of(args, kwargs)
+        replayed_NLK = None
+        if self._source is not None:
+            record = self._source.take(tokens, batch_size, num_tokens)
+            replayed_NLK = record.flatten(0, 1).to(next(self._stack.parameters()).device, non_blocking=True)
+            self._has_replayed = self._has_replayed or torch.is_grad_enabled()
+        pass_ = ForwardPass(self._routers, self.shape, replayed_NLK, self._recorded is not None)
+        with self._active.use(pass_), bound_checkpoints(self._stack, self._active, pass_):
+            output = forward(*args, **kwargs)
+        pass_.close()
+        if self._recorded is not None:
+            selected_NLK = torch.stack([pass_.selected[i] for i in range(len(self._routers))], dim=1)
+            selected = selected_NLK.to(self.shape.storage_dtype).unflatten(0, (batch_size, num_tokens))
+            self._recorded.forwards.append(selected)
+        if self._stats is not None and replayed_NLK is not None:
+            self._count(self._stats, pass_, replayed_NLK)
+        return output
+
+    def _count(self, stats: ReplayStats, pass_: ForwardPass, replayed_NLK: Tensor) -> None:
+        assert pass_.changed_N is not None
+        stats.forwards += 1
+        stats.recorded_tokens = stats.recorded_tokens + (~missing_rows(replayed_NLK, self.shape)).sum()
+        stats.changed_routers = stats.changed_routers + pass_.changed_routers
+        stats.changed_tokens = stats.changed_tokens + pass_.changed_N.sum()
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    from accelerate.utils import extract_model_from_parallel  # imports slowly
+
+    return extract_model_from_parallel(model, keep_torch_compile=True)
+
+
+def _batch_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, tuple[int, int]]:
+    """Input ids, if the forward has them, and (B, T)."""
+    embeds = kwargs.get("inputs_embeds")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    main = ids if torch.is_tensor(ids) and embeds is None else embeds
+    if not torch.is_tensor(main) or main.ndim < 2:
+        raise RuntimeError(
+            f"the decoder was called with {sorted(kwargs)} and {len(args)} positional arguments, but neither "
+            "`input_ids` nor `inputs_embeds` is a batch among them. Pass one of them by name."
+        )
+    return (ids if torch.is_tensor(ids) and ids.ndim == 2 else None), (main.shape[0], main.shape[1])
