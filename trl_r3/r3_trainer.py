@@ -123,7 +123,8 @@ class RoutingReplayMixin(_Trainer):
         prompts, completions = [len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids]
         routes = pack(rollout.routed_experts.cpu(), self.routing_replay.shape)
         records = slice_samples(routes, rollout.prompt_width, prompts, completions)
-        sampled = [values[:count] for values, count in zip(rollout.logprobs.cpu(), completions, strict=True)  # type: ignore[union-attr]]
+        assert rollout.logprobs is not None  # they were asked for, by temperature
+        sampled = [values[:count] for values, count in zip(rollout.logprobs.cpu(), completions, strict=True)]
         self._turns.append(Turn(prompt_ids, completion_ids, records, sampled))
         return completion_ids, logprobs
 

@@ -23,7 +23,8 @@ def raw_arguments(case):
     score = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus").index(options["score"])
     formula = (score, options["renormalize"], options["eps"], options["scale"])
     select = (options["n_group"], options["topk_group"], options["group_score"] == "max")
-    forward = (case.logits(), case.top_k, case.recorded(), options["bias"], *formula[:2], *select, *formula[2:])
+    recorded = None if case.ids is None else case.recorded().contiguous()
+    forward = (case.logits(), case.top_k, recorded, options["bias"], *formula[:2], *select, *formula[2:])
     return (*forward, case.dtype, True), formula
 
 

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .contract import SCORES, GatingOutput, check_gating_arguments
 from .ops import gating_backward_torch, gating_forward_torch
+from .reference import compute_dtype
 
 # A kernel of the CUDA extension keeps one row in shared memory and one slot a lane.
 CUDA_MAX_EXPERTS = 1024
@@ -138,7 +139,7 @@ def masked_topk_gating(
         _kernels_cover(router_logits, top_k, n_group),
         top_k,
         None if recorded is None else recorded.contiguous(),
-        None if bias is None else bias.detach().contiguous(),
+        None if bias is None else bias.detach().to(compute_dtype(router_logits.dtype)).contiguous(),
         n_group,
         topk_group,
         group_score == "max",
