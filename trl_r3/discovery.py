@@ -171,10 +171,14 @@ def _refuse_without_events(model: nn.Module, names: dict, experts: dict, trace: 
             "Replay needs routers that hand their selection to an `experts` module."
         )
     others = sorted({type(topk.module).__name__ for topk in trace.topks})
-    seen = f"; its forward calls `torch.topk` in {', '.join(others)}" if others else ""
+    if others:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} has no module named `experts`, but its forward calls `torch.topk` in "
+            f"{', '.join(others)}. Replay needs routers that hand their selection to an `experts` module."
+        )
     raise UnsupportedRouterError(
-        f"{type(model).__name__} is a dense model: no module in it is named `experts`{seen}. There is no routing to "
-        f"replay; set `use_routing_replay=False`."
+        f"{type(model).__name__} is a dense model: no module in it is named `experts`, and its forward selects nothing. "
+        f"There is no routing to replay; set `use_routing_replay=False`."
     )
 
 

@@ -51,6 +51,11 @@ class RoutingReplayMixin(_Trainer):
     replays; the reference policy, reward models and evaluation route live.
     """
 
+    if TYPE_CHECKING:  # what GRPOTrainer sets without annotating it
+        args: Any
+        model: Any
+        pad_to_multiple_of: int | None
+
     def __init__(self, *args, **kwargs):
         self._attached_replay: RouterReplay | None = None
         self._turns: list[Turn] = []

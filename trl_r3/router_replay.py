@@ -138,9 +138,9 @@ class RouterReplay:
         ]
 
     @property
-    def moe_layers(self) -> tuple[int, ...]:
+    def moe_layers(self) -> list[int]:
         """Decoder-layer indices of the MoE layers, ascending."""
-        return self.shape.moe_layers
+        return list(self.shape.moe_layers)
 
     @property
     def num_decoder_layers(self) -> int:
@@ -160,7 +160,7 @@ class RouterReplay:
     def __repr__(self) -> str:
         router = type(self._routers[0].module).__name__
         return (
-            f"RouterReplay({router}, moe_layers={list(self.moe_layers)}, "
+            f"RouterReplay({router}, moe_layers={self.moe_layers}, "
             f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k})"
         )
 
