@@ -193,3 +193,19 @@ def test_stats_name_themselves(gating):
     assert GatingStats(*out.stats.tolist()) == GatingStats(recorded=2, missing=2, invalid=3, changed=1)
     assert out.expert_ids.tolist() == [[0, 1], [3, 2]] + [[0, 1]] * 5
     assert gating(torch.zeros(3, 4), 2).stats.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_rounded_to_nearest(gating, dtype):
+    numbers = [2.0**e * m for e in range(-26, 17) for m in (1.0, 1.0009765625, 1.00048828125, 1.0014648, 1.9999)]
+    for number in [*numbers, 65519.0, 65520.0, -3.0e-6, -70000.0]:
+        single = torch.tensor([[number]], dtype=torch.float32)
+        weights = gating(torch.zeros(1, 1), 1, scale=single.item(), weights_dtype=dtype).weights
+        assert torch.equal(weights, single.to(dtype)), number
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_logit_is_ranked(gating, dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None, :]
+    expected = every.float().sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(gating(every, 2**16, score="topk_softmax").expert_ids, expected)

@@ -1,0 +1,97 @@
+"""The CPU extension, installed the way the documentation says, passes the tests of the op."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parent
+
+
+def copy_source(target: Path) -> Path:
+    """The package's source without anything that was built in it, so that a build leaves the checkout alone."""
+    shutil.copytree(ROOT / "trl_r3", target / "trl_r3", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
+        else:
+            (target / name).touch()
+    return target
+
+
+def run(command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the installed package and its CPU kernels."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler (c++) on this machine")
+    source, target = copy_source(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    run([*pip, "--no-index", "--target", target, source], env={**os.environ, "TRL_R3_BUILD": "cpu"}, timeout=300)
+    # The tests need this part alone, and the rest of the package takes seconds to import.
+    (target / "trl_r3" / "__init__.py").write_text("")
+    return target
+
+
+def environment(site):
+    return {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_the_wheel_carries_one_binary_for_all_pythons(site):
+    assert (site / "trl_r3/gating/_C.abi3.so").exists()
+    (info,) = site.glob("trl_r3-*.dist-info")
+    assert "cp311-abi3-" in (info / "WHEEL").read_text()
+    assert {p.name for p in (ROOT / "trl_r3/gating/csrc").iterdir()} <= {
+        p.name for p in (site / "trl_r3/gating/csrc").iterdir()
+    }
+
+
+def test_only_the_stable_abi_is_linked(site):
+    if shutil.which("nm") is None:
+        pytest.skip("no nm (binutils) on this machine")
+    names = run(["nm", "-D", "--undefined-only", str(site / "trl_r3/gating/_C.abi3.so")]).split()
+    torch_names = [name for name in names if "torch" in name or "c10" in name or "2at" in name]
+    assert torch_names
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in torch_names), torch_names
+
+
+def test_the_kernels_are_registered(site):
+    probe = "import trl_r3.gating as g; print(g.__file__, *g.native_kernels())"
+    path, *kernels = run([sys.executable, "-c", probe], env=environment(site), cwd=site, timeout=120).split()
+    assert path.startswith(str(site))
+    assert kernels == ["cpu"]
+
+
+@pytest.mark.parametrize("file", ["test_gating_definition.py", "test_gating_gradient.py", "test_gating_op.py"])
+def test_the_kernels_pass_the_tests_of_the_op(site, file):
+    pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
+    passed = run(pytest_run, env=environment(site), cwd=site, timeout=300)
+    assert "skipped" not in passed
+
+
+def build_arguments(monkeypatch, target):
+    seen = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: seen.update(arguments))
+    monkeypatch.setenv("TRL_R3_BUILD", target)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return seen
+
+
+def test_by_default_nothing_is_compiled(monkeypatch):
+    assert build_arguments(monkeypatch, "") == {}
+
+
+def test_an_unknown_build_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="TRL_R3_BUILD is 'gpu', expected one of"):
+        build_arguments(monkeypatch, "gpu")
