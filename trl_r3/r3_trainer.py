@@ -6,7 +6,7 @@ Legend: B batch, C completion tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from ._compat import adapters_are_off, swapped
-from .generation import generate_with_routes
+from ._compat import adapters_are_off
 from .metrics import extreme_token_frac, k3_kl
+from .rollout.capture import capture, rollout_of_fields
+from .rollout.continuous_batching import recordable_config
 from .rollout.turns import RolloutRecord, ScoredBatch, Turn, slice_samples, stitch
-from .routed_experts import pack
+from .rollout.vllm_engine import capturing_vllm
 from .router_replay import ReplayStats, RouterReplay
 
 if TYPE_CHECKING:
@@ -61,12 +62,13 @@ class RoutingReplayMixin(_Trainer):
         self._turns: list[Turn] = []
         self._scoring: _Scoring | None = None
         self._last_compared: int | None = None
-        config = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
+        config: Any = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
         self._use_replay = bool(getattr(config, "use_routing_replay", False))
+        with capturing_vllm(config) if self._use_replay and config.use_vllm else nullcontext():
+            super().__init__(*args, **kwargs)
         if self._use_replay:
-            _check_rollout(config, kwargs)
-        super().__init__(*args, **kwargs)
-        if self._use_replay:
+            if self.continuous_batching_config is not None:
+                recordable_config(self.continuous_batching_config)
             if self._is_vlm:
                 raise ValueError(
                     "routing replay of vision-language models is not supported: the processor expands image "
@@ -105,33 +107,27 @@ class RoutingReplayMixin(_Trainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if not self._replays_now:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        rollouts = []
-
-        def generate(*generate_args, **generate_kwargs):
-            rollouts.append(
-                generate_with_routes(
-                    model,
-                    self.routing_replay,
-                    own_generate,
-                    generate_args,
-                    generate_kwargs,
-                    temperature=self.temperature,
-                )
-            )
-            return rollouts[-1].output
-
-        own_generate = model.generate
-        with swapped(model, "generate", generate):
+        with capture(self, self.routing_replay) as make_turn:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        (rollout,) = rollouts
-        prompts, completions = [len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids]
-        routes = pack(rollout.routed_experts.cpu(), self.routing_replay.shape)
-        records = slice_samples(routes, rollout.prompt_width, prompts, completions)
-        assert rollout.logprobs is not None  # they were asked for, by temperature
-        sampled = [values[:count] for values, count in zip(rollout.logprobs.cpu(), completions, strict=True)]
-        self._turns.append(Turn(prompt_ids, completion_ids, records, sampled))
+        # the tool loop goes on to edit these lists
+        self._turns.append(make_turn([list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]))
         return completion_ids, logprobs
+
+    def rollout_turn(self, prompt_ids: list[list[int]]) -> tuple[Turn, list | None]:
+        """
+        Generate one turn with the configured engine, for use in a `rollout_func`.
+
+        Args:
+            prompt_ids (list of `list[int]`):
+                Prompts, one a completion.
+
+        Returns:
+            `tuple[Turn, list]`: The turn with its records (join turns with [`stitch`]), and the log-probabilities of
+            its sampled tokens.
+        """
+        completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, 1)
+        turn = self._turns.pop()
+        return turn, logprobs if logprobs is not None else [values.tolist() for values in turn.logprobs or ()]
 
     def _generate(self, prompts):
         if not self._replays_now:
@@ -139,7 +135,10 @@ class RoutingReplayMixin(_Trainer):
         self._turns = []
         try:
             output = super()._generate(prompts)
-            rollout = stitch(self._turns, output[0], output[1], self.routing_replay.shape)
+            if self.rollout_func is None:
+                rollout = stitch(self._turns, output[0], output[1], self.routing_replay.shape)
+            else:
+                rollout = rollout_of_fields(output[5], output[0], output[1], self.routing_replay.shape)
         finally:
             self._turns = []
         share, sample = rollout.missing_share(self.routing_replay.shape)
@@ -270,23 +269,6 @@ class RoutingReplayMixin(_Trainer):
         local = torch.tensor([float(part), float(whole)], device=self.accelerator.device)
         total_part, total_whole = self.accelerator.reduce(local, reduction="sum").tolist()
         self._metrics["train"][name].append(total_part / total_whole if total_whole else float("nan"))
-
-
-def _check_rollout(args: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse ways of making completions whose routes cannot be recorded."""
-    refused = {
-        "use_vllm=True": args.use_vllm,
-        "use_transformers_continuous_batching=True": args.use_transformers_continuous_batching,
-        "tools": kwargs.get("tools"),
-        "environment_factory": kwargs.get("environment_factory"),
-        "rollout_func": kwargs.get("rollout_func"),
-    }
-    found = [name for name, value in refused.items() if value]
-    if found:
-        raise ValueError(
-            f"routing replay cannot record rollouts made with {' and '.join(f'`{name}`' for name in found)}. Generate "
-            "with Transformers, without them, or set `use_routing_replay=False`."
-        )
 
 
 class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):
