@@ -54,7 +54,7 @@ def gating_forward_torch(
     if not count_changed:
         stats[3] = 0
     weights_TK = gate_weights(logits_TE, expert_ids_TK, SCORES[score], renormalize, eps, scale)
-    return weights_TK.to(weights_dtype), expert_ids_TK.contiguous(), stats
+    return weights_TK.to(weights_dtype), expert_ids_TK, stats
 
 
 def gating_backward_torch(

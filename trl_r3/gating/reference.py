@@ -36,7 +36,8 @@ def expert_scores(logits_TE: torch.Tensor, score: str) -> torch.Tensor:
 
 def largest(values: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the `k` largest along the last dimension, descending, lowest index first on ties."""
-    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].contiguous()  # a view would keep the whole order in memory
 
 
 def select_live(

@@ -75,7 +75,7 @@ struct Normalizer {
 // Normaliser of softmax over all E experts.
 template <class Lane, class Logit, class T = typename Compute<Logit>::type>
 GATING_FN Normalizer<T> normalizer(Lane lane, const Logit* x, int num_experts) {
-  typename Key<T>::type best = lowest<typename Key<T>::type>();
+  typename Key<T>::type best = lowest<typename Key<T>::type>;
   // Both loops become vector code, for which the sum has to be free in its order.
 #ifndef __CUDACC__
 #pragma omp simd reduction(max : best)
@@ -96,7 +96,7 @@ GATING_FN Normalizer<T> normalizer(Lane lane, const Logit* x, int num_experts) {
 // Index of the largest key, lowest index first, which then is `lowest`. A lane touches its own stripe alone.
 template <class Lane, class K>
 GATING_FN int take_largest(Lane lane, K* key, int count) {
-  K best = lowest<K>();
+  K best = lowest<K>;
   for (int e = lane.id(); e < count; e += Lane::size) best = key[e] > best ? key[e] : best;
   best = lane.max(best);
   int first = count;
@@ -107,7 +107,7 @@ GATING_FN int take_largest(Lane lane, K* key, int count) {
     }
   }
   first = lane.min(first);
-  if (first % Lane::size == lane.id()) key[first] = lowest<K>();
+  if (first % Lane::size == lane.id()) key[first] = lowest<K>;
   return first;
 }
 
@@ -118,7 +118,7 @@ GATING_FN void keep_best_groups(Lane lane, const Selection& select, const Scratc
   const int group_size = select.num_experts / select.n_group;
   lane.sync();
   for (int g = lane.id(); g < select.n_group; g += Lane::size) {
-    K first = lowest<K>(), second = lowest<K>();
+    K first = lowest<K>, second = lowest<K>;
     for (int e = g * group_size; e < (g + 1) * group_size; ++e) {
       const K key = scratch.key[e];
       second = key > first ? first : (key > second ? key : second);
@@ -130,7 +130,7 @@ GATING_FN void keep_best_groups(Lane lane, const Selection& select, const Scratc
   for (int i = 0; i < select.topk_group; ++i) take_largest(lane, scratch.group, select.n_group);
   lane.sync();
   for (int e = lane.id(); e < select.num_experts; e += Lane::size) {
-    if (scratch.group[e / group_size] != lowest<K>()) scratch.key[e] = lowest<K>();
+    if (scratch.group[e / group_size] != lowest<K>) scratch.key[e] = lowest<K>;
   }
 }
 
@@ -179,7 +179,7 @@ GATING_FN RowKind read_record(Lane lane, const void* recorded, Id type, int64_t 
 template <class Lane, class T>
 GATING_FN bool differs_from_live(Lane lane, const Selection& select, const Scratch<T>& scratch) {
   using K = typename Key<T>::type;
-  K last = std::numeric_limits<K>::max();
+  K last = highest<K>;
   for (int s = lane.id(); s < select.top_k; s += Lane::size) {
     const K key = scratch.key[scratch.id[s]];
     last = key < last ? key : last;
@@ -191,7 +191,7 @@ GATING_FN bool differs_from_live(Lane lane, const Selection& select, const Scrat
     if (scratch.key[id] == last && id > last_id) last_id = id;
   }
   last_id = lane.max(last_id);
-  if (last == lowest<K>()) return true;  // in a group that is not selected
+  if (last == lowest<K>) return true;  // in a group that is not selected
   int ahead = 0;
   for (int e = lane.id(); e < select.num_experts; e += Lane::size) ahead += scratch.key[e] > last - (e < last_id);
   return lane.sum(ahead) != select.top_k - 1;
@@ -204,7 +204,7 @@ GATING_FN void write_weights(Lane lane, const Logit* x, const Formula<T>& formul
   Normalizer<T> over{T(0), T(1)};
   const bool over_chosen = formula.over_chosen();
   if (over_chosen) {
-    typename Key<T>::type best = lowest<typename Key<T>::type>();
+    typename Key<T>::type best = lowest<typename Key<T>::type>;
     for (int s = lane.id(); s < select.top_k; s += Lane::size) {
       const auto key = Key<T>::of(widen(x[scratch.id[s]]));
       best = key > best ? key : best;

@@ -5,7 +5,8 @@
 
 namespace gating {
 
-// Writes the gradient of one row of logits into `stage` (E,), which all lanes may read after a sync.
+// Writes the gradient of one row of logits into `stage` (E,), which all lanes may read afterwards. The lane group also
+// gives zero, which clears a row.
 //
 // With s the scores of the K experts, u = s / (sum(s) + eps), g the scaled incoming gradient and G = sum(g u), a score
 // receives h = (g - G) / (sum(s) + eps), or h = g where nothing is renormalised, and passes it on through its
@@ -22,7 +23,7 @@ GATING_FN void gate_row_backward(Lane lane, int64_t row, const Logit* x, const i
   if (over_all) {
     over = normalizer(lane, x, num_experts);
   } else if (over_chosen) {
-    K best = lowest<K>();
+    K best = lowest<K>;
     for (int s = lane.id(); s < top_k; s += Lane::size) {
       const K key = Key<T>::of(widen(x[id[s]]));
       best = key > best ? key : best;
@@ -45,8 +46,12 @@ GATING_FN void gate_row_backward(Lane lane, int64_t row, const Logit* x, const i
   const T constant = over_chosen && formula.renormalize ? T(1) / (T(1) + formula.eps) : T(1);
   const T everywhere = over_all ? (divided ? mean * eps / divisor : dot) : T(0);
 
-  for (int e = lane.id(); e < num_experts; e += Lane::size) {
-    stage[e] = Narrow<Logit>::from(over_all ? -over.probability(widen(x[e])) * everywhere : T(0));
+  if (over_all) {
+    for (int e = lane.id(); e < num_experts; e += Lane::size) {
+      stage[e] = Narrow<Logit>::from(-over.probability(widen(x[e])) * everywhere);
+    }
+  } else {
+    lane.zero(stage, num_experts);
   }
   lane.sync();
   for (int s = lane.id(); s < top_k; s += Lane::size) {

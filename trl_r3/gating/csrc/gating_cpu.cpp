@@ -35,6 +35,10 @@ struct Alone {
   }
   GATING_FN bool any(bool x) const { return x; }
   GATING_FN void sync() const {}
+  template <class T>
+  GATING_FN void zero(T* row, int count) const {
+    std::memset(row, 0, sizeof(T) * count);
+  }
 };
 
 template <class Logit>

@@ -150,6 +150,11 @@ GATING_FN float exponential(float x) {
 }
 
 // A key compares like its number: -0 equals 0, and every NaN is one largest value. No number has the key `lowest`.
+template <class K>
+constexpr K lowest = std::numeric_limits<K>::min();
+template <class K>
+constexpr K highest = std::numeric_limits<K>::max();
+
 template <class T>
 struct Key;
 template <>
@@ -157,7 +162,7 @@ struct Key<float> {
   using type = int32_t;
   static GATING_FN int32_t of(float x) {
     const int32_t bits = bits_as<int32_t>(x + 0.0f);
-    return x != x ? std::numeric_limits<int32_t>::max() : bits ^ ((bits >> 31) & 0x7fffffff);
+    return x != x ? highest<int32_t> : bits ^ ((bits >> 31) & 0x7fffffff);
   }
   static GATING_FN float number(int32_t key) { return bits_as<float>(key ^ ((key >> 31) & 0x7fffffff)); }
 };
@@ -166,16 +171,11 @@ struct Key<double> {
   using type = int64_t;
   static GATING_FN int64_t of(double x) {
     const int64_t bits = bits_as<int64_t>(x + 0.0);
-    return x != x ? std::numeric_limits<int64_t>::max() : bits ^ ((bits >> 63) & 0x7fffffffffffffffLL);
+    return x != x ? highest<int64_t> : bits ^ ((bits >> 63) & 0x7fffffffffffffffLL);
   }
   static GATING_FN double number(int64_t key) {
     return bits_as<double>(key ^ ((key >> 63) & 0x7fffffffffffffffLL));
   }
 };
-
-template <class K>
-GATING_FN constexpr K lowest() {
-  return std::numeric_limits<K>::min();
-}
 
 }  // namespace gating
