@@ -63,13 +63,15 @@ class RoutingReplayConfigMixin:
     )
 
 
-def check_config(args: Any) -> None:
+def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
     """
     Refuse values that cannot work, of the fields above and of what they depend on.
 
     Args:
         args ([`~trl.GRPOConfig`]):
             A config with the fields of [`RoutingReplayConfigMixin`].
+        has_old_policy_forward (`bool`):
+            Whether the trainer scores a rollout before it updates on it.
 
     Raises:
         `ValueError`: Naming the field, its value and what to set instead.
@@ -89,7 +91,7 @@ def check_config(args: Any) -> None:
             f"`routing_replay_compare_every` is {args.routing_replay_compare_every}, but it counts steps. Set "
             f"`routing_replay_compare_every=0` to never compare."
         )
-    if args.use_routing_replay and args.routing_replay_mode == "R2" and not _has_old_policy_forward(args):
+    if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
         raise ValueError(
             "`routing_replay_mode='R2'` replays what the old-policy forward recorded, but TRL skips that forward "
             f"with `gradient_accumulation_steps={args.gradient_accumulation_steps}`, "
@@ -99,8 +101,8 @@ def check_config(args: Any) -> None:
         )
 
 
-def _has_old_policy_forward(args: Any) -> bool:
-    # the rule of `GRPOTrainer._generate_and_score_completions`
+def has_old_policy_forward(args: Any) -> bool:
+    """Whether GRPO scores a rollout before it updates on it, by the rule of `_generate_and_score_completions`."""
     if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0:
         return True
     return bool(args.use_vllm and args.vllm_importance_sampling_correction)
@@ -131,4 +133,4 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_config(self)
+        check_config(self, has_old_policy_forward=has_old_policy_forward(self))

@@ -36,6 +36,7 @@ class _Scoring:
 
     known: RolloutRecord | None = None  # once there are completions
     inputs: dict[str, Any] | None = None  # of an update; without them: the passes over a fresh rollout
+    old_logprobs: Tensor | None = None  # (B, C), if there is an old-policy pass
 
     @property
     def rollout(self) -> RolloutRecord:
@@ -55,7 +56,7 @@ class RoutingReplayMixin(_Trainer):
     if TYPE_CHECKING:  # what GRPOTrainer sets without annotating it
         args: Any
         model: Any
-        pad_to_multiple_of: int | None
+        pad_to_multiple_of: Any
 
     def __init__(self, *args, **kwargs):
         self._attached_replay: RouterReplay | None = None
@@ -108,10 +109,11 @@ class RoutingReplayMixin(_Trainer):
         if not self._replays_now:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with capture(self, self.routing_replay) as make_turn:
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
         # the tool loop goes on to edit these lists
         self._turns.append(make_turn([list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]))
-        return completion_ids, logprobs
+        return generated
 
     def rollout_turn(self, prompt_ids: list[list[int]]) -> tuple[Turn, list | None]:
         """
@@ -135,7 +137,7 @@ class RoutingReplayMixin(_Trainer):
         self._turns = []
         try:
             output = super()._generate(prompts)
-            if self.rollout_func is None:
+            if getattr(self, "rollout_func", None) is None:
                 rollout = stitch(self._turns, output[0], output[1], self.routing_replay.shape)
             else:
                 rollout = rollout_of_fields(output[5], output[0], output[1], self.routing_replay.shape)
@@ -162,7 +164,7 @@ class RoutingReplayMixin(_Trainer):
             output["routed_prompt_lengths"] = rollout.prompt_lengths
             if rollout.logprobs is not None:
                 output["rollout_logprobs"] = self._padded_like(rollout.logprobs, output["completion_ids"])
-            self._log_mismatch(output, output.get("old_per_token_logps"))
+            self._log_mismatch(output, scoring.old_logprobs)
         if self._compare_is_due():
             self._log_mismatch(output, self._score_live(output), prefix="sampling/live")
         return output
@@ -193,17 +195,22 @@ class RoutingReplayMixin(_Trainer):
             return score()
         prompt_width = input_ids.size(1) - logits_to_keep
         if self.args.routing_replay_mode == "R2" and scoring.inputs is None:
-            return self._record_old_policy(score, scoring.rollout, prompt_width)
+            result = self._record_old_policy(score, scoring.rollout, prompt_width)
+            scoring.old_logprobs = result[0]
+            return result
         batch = ScoredBatch(
             scoring.rollout.prompt_lengths, scoring.rollout.records, prompt_width, self.routing_replay.shape
         )
         with self.routing_replay.replay_from(batch) as stats:
             result = score()
         batch.check_done()
-        if scoring.inputs is not None:
-            self._log_replay(stats, scoring.rollout)
-            if "old_per_token_logps" not in scoring.inputs:  # then no update has happened since the rollout
-                self._log_mismatch(scoring.inputs, result[0].detach())
+        if scoring.inputs is None:
+            scoring.old_logprobs = result[0]
+            return result
+        self._log_replay(stats, scoring.rollout)
+        if scoring.inputs.keys().isdisjoint(("old_per_token_logps", "old_logps")):
+            # without an old policy, no update has happened since the rollout
+            self._log_mismatch(scoring.inputs, result[0].detach())
         return result
 
     def _is_reference(self, model) -> bool:
