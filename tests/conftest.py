@@ -1,0 +1,53 @@
+"""Small models and batches that many tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from model_zoo import build_tiny
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are too small for more, and threads that wait for each other are slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def qwen():
+    """Qwen3-MoE with four layers, of which 0 and 2 are dense: 2 of 8 experts."""
+    return build_tiny("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2], norm_topk_prob=True)
+
+
+@pytest.fixture
+def mixtral():
+    """Mixtral with three layers, all with experts: 2 of 8."""
+    return build_tiny("mixtral")
+
+
+@pytest.fixture(params=["qwen", "mixtral"])
+def model(request):
+    """Either of them."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def ids():
+    """(2, 12) token ids without padding."""
+    return torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def padded():
+    """(3, 14) token ids and their mask, padded on the left by 0, 4 and 7."""
+    ids = torch.randint(1, 128, (3, 14), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for sample, width in enumerate((0, 4, 7)):
+        ids[sample, :width] = mask[sample, :width] = 0
+    return ids, mask

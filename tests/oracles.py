@@ -1,0 +1,107 @@
+"""Independent witnesses: what a model's experts executed, records of nobody, and gates without float32 in them.
+
+Nothing here uses trl_r3, so that no test compares the package with itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+CHECKPOINTING = ["none", "non-reentrant", "reentrant"]
+
+
+def experts_of(model: nn.Module) -> dict[int, nn.Module]:
+    """The modules named `experts`, outermost ones, by the decoder-layer index in their path."""
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        index = re.search(r"\.(\d+)\.", name)
+        if name.rpartition(".")[2] == "experts" and index is not None:
+            found.setdefault(int(index[1]), module)
+    return found
+
+
+@contextmanager
+def executed_ids(model: nn.Module) -> Iterator[dict[int, list[Tensor]]]:
+    """Note the ids that reach the experts: by decoder layer, one tensor `(N, K)` a call, recomputes included."""
+    seen: dict[int, list[Tensor]] = {}
+
+    def note(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            ids = [a for a in [*args, *kwargs.values()] if torch.is_tensor(a) and not a.is_floating_point()]
+            assert len(ids) == 1, f"experts of layer {layer} take {len(ids)} integer tensors"
+            seen.setdefault(layer, []).append(ids[0].detach().clone())
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(layer), with_kwargs=True, prepend=True)
+        for layer, module in experts_of(model).items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stacked(seen: dict[int, list[Tensor]], batch: int, call: int = 0) -> Tensor:
+    """What [`executed_ids`] saw in one call of every layer, as `(B, T, L, K)`."""
+    return torch.stack([seen[layer][call] for layer in sorted(seen)], dim=1).unflatten(0, (batch, -1)).long()
+
+
+def foreign_record(replay, batch: int, tokens: int, seed: int = 0) -> Tensor:
+    """Random distinct ids `(B, T, L, K)`: no router selected them."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (batch, tokens, len(replay.moe_layers), replay.num_experts)
+    return torch.rand(size, generator=generator).argsort(-1)[..., : replay.top_k]
+
+
+def as_sets(ids: Tensor) -> Tensor:
+    """The order of the ids of a row says nothing."""
+    return ids.long().sort(-1).values
+
+
+def changed_rows(one: Tensor, other: Tensor) -> Tensor:
+    """`(B, T, L)`: where two selections differ as sets."""
+    return (as_sets(one) != as_sets(other)).any(-1)
+
+
+def use_checkpointing(model: nn.Module, kind: str) -> None:
+    """Switch it on in training mode, where it applies; models here have no dropout."""
+    model.train()
+    if kind == "none":
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Take the gradients off a model."""
+    taken = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 0.0) -> list[str]:
+    """Names whose tensors differ: in any bit, or with `rtol` by more than this share of the largest element."""
+    assert one.keys() == other.keys() and one
+    if not rtol:
+        return [name for name in one if not torch.equal(one[name], other[name])]
+    return [name for name in one if (one[name] - other[name]).abs().max() > rtol * other[name].abs().max()]
+
+
+class InDouble(TorchFunctionMode):
+    """Gates compute in float32 whatever the dtype of the model; under this mode they take float64 instead."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)

@@ -1,0 +1,450 @@
+"""One replayed layer: the definition, its gradient, and what must stay untouched (properties 1 to 7)."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_zoo import build_tiny
+from oracles import (
+    InDouble,
+    as_sets,
+    changed_rows,
+    differing,
+    executed_ids,
+    experts_of,
+    foreign_record,
+    gradients,
+    stacked,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from trl_r3 import RouterReplay
+
+
+def record_of(model, replay, ids, **kwargs):
+    with torch.no_grad(), replay.record() as recorded:
+        model(ids, **kwargs)
+    return recorded.routed_experts
+
+
+def in_float64(model_type, **overrides):
+    if model_type == "qwen3_moe":
+        overrides["norm_topk_prob"] = True  # as in every checkpoint of the family
+    model = build_tiny(model_type, **overrides).double()
+    model.set_experts_implementation("eager")  # the grouped kernel has no float64
+    return model
+
+
+# The definition: weights of token x for the experts `chosen`, in plain float64
+
+
+def softmax_renormalised(gate, x, chosen):
+    exponentials = torch.exp(gate.weight @ x)
+    return exponentials[chosen] / exponentials[chosen].sum()
+
+
+def softmax_over_all(gate, x, chosen):
+    exponentials = torch.exp(gate.weight @ x)
+    return exponentials[chosen] / exponentials.sum()
+
+
+def sigmoid_scaled(gate, x, chosen):
+    scores = 1 / (1 + torch.exp(-(gate.weight @ x)))
+    return gate.routed_scaling_factor * scores[chosen] / scores[chosen].sum()
+
+
+def softmax_over_chosen(gate, x, chosen):
+    exponentials = torch.exp(gate.weight @ x + gate.bias)
+    return exponentials[chosen] / exponentials[chosen].sum()
+
+
+def gated_expert(experts, e, x):
+    gate, up = (experts.gate_up_proj[e] @ x).chunk(2)
+    return experts.down_proj[e] @ (gate / (1 + torch.exp(-gate)) * up)
+
+
+def gpt_oss_expert(experts, e, x):
+    both = x @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+    gate, up = both[0::2].clamp(max=7.0), both[1::2].clamp(-7.0, 7.0)
+    return ((up + 1) * gate / (1 + torch.exp(-1.702 * gate))) @ experts.down_proj[e] + experts.down_proj_bias[e]
+
+
+def shared_expert(mlp, x):
+    gate, up = mlp.gate_proj.weight @ x, mlp.up_proj.weight @ x
+    return mlp.down_proj.weight @ (gate / (1 + torch.exp(-gate)) * up)
+
+
+DEFINITIONS = {
+    "qwen3_moe": softmax_renormalised,
+    "mixtral": softmax_renormalised,
+    "deepseek_v3": sigmoid_scaled,
+    "olmoe": softmax_over_all,
+    "gpt_oss": softmax_over_chosen,
+}
+
+
+def naive_block(block, x_NH, ids_NK, weigh):
+    """`y = sum_i g_i E_i(x)`, one token and one expert after the other."""
+    gate = block.router if hasattr(block, "router") else block.gate
+    expert = gpt_oss_expert if hasattr(block.experts, "down_proj_bias") else gated_expert
+    out_NH = torch.zeros_like(x_NH)
+    for n, x in enumerate(x_NH):
+        for e, weight in zip(ids_NK[n].tolist(), weigh(gate, x, ids_NK[n]), strict=True):
+            out_NH[n] += weight * expert(block.experts, e, x)
+        if hasattr(block, "shared_experts"):
+            out_NH[n] += shared_expert(block.shared_experts, x)
+    return out_NH
+
+
+def blocks_of(model):
+    """The mixture blocks by decoder layer."""
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    return {layer: modules[names[experts].rpartition(".")[0]] for layer, experts in experts_of(model).items()}
+
+
+class Watched:
+    """Inputs and outputs of modules in the last forward."""
+
+    def __init__(self, modules):
+        self.inputs, self.outputs = {}, {}
+        for key, module in modules.items():
+            module.register_forward_hook(lambda module, args, output, key=key: self.note(key, args, output))
+
+    def note(self, key, args, output):
+        self.inputs[key] = args[0].detach().flatten(0, -2)
+        output = output[0] if isinstance(output, tuple) else output
+        self.outputs[key] = output.detach().flatten(0, -2)
+
+
+def replayed_blocks(model_type, ids, seed=0):
+    """A float64 model of this type, after a forward with a foreign record: blocks, what they saw, and the record."""
+    model = in_float64(model_type)
+    replay = RouterReplay(model)
+    blocks = blocks_of(model)
+    watched = Watched(blocks)
+    record = foreign_record(replay, *ids.shape, seed=seed)
+    with torch.no_grad(), InDouble():
+        assert changed_rows(record_of(model, replay, ids), record).double().mean() > 0.5
+        with replay.replay(record):
+            model(ids)
+    return blocks, watched, record.flatten(0, 1)
+
+
+@pytest.mark.parametrize("model_type", DEFINITIONS)
+@torch.no_grad()
+def test_block_is_the_definition(model_type, ids):
+    blocks, watched, record_NLK = replayed_blocks(model_type, ids)
+    for slot, (layer, block) in enumerate(blocks.items()):
+        expected = naive_block(block, watched.inputs[layer], record_NLK[:, slot], DEFINITIONS[model_type])
+        assert expected.abs().max() > 1e-3
+        assert (watched.outputs[layer] - expected).abs().max() < 1e-12
+
+
+def only_live(weigh):
+    """Gather from probabilities that are already zero outside the live top-k."""
+
+    def weighed(gate, x, chosen):
+        logits = gate.weight @ x + getattr(gate, "bias", 0)
+        live = logits.topk(chosen.shape[0]).indices
+        weights = weigh(gate, x, chosen) * torch.isin(chosen, live)
+        return weights / weights.sum().clamp(min=1e-20)
+
+    return weighed
+
+
+def of_another_model(weigh):
+    """The weights of the rollout: the same ids, weighed by a router with other weights."""
+
+    def weighed(gate, x, chosen):
+        rollout = copy.deepcopy(gate)
+        rollout.weight.mul_(1.01)
+        return weigh(rollout, x, chosen)
+
+    return weighed
+
+
+WRONG = [
+    ("qwen3_moe", "not renormalised", softmax_over_all),
+    ("mixtral", "not renormalised", softmax_over_all),
+    ("olmoe", "renormalised", softmax_renormalised),
+    ("deepseek_v3", "softmax for sigmoid", softmax_renormalised),
+    ("gpt_oss", "softmax over all", lambda gate, x, chosen: torch.softmax(gate.weight @ x + gate.bias, -1)[chosen]),
+    *[(family, "only live", only_live(weigh)) for family, weigh in DEFINITIONS.items() if family != "deepseek_v3"],
+    *[(family, "weights of the rollout", of_another_model(weigh)) for family, weigh in DEFINITIONS.items()],
+]
+
+
+@pytest.mark.parametrize(("model_type", "mistake", "weigh"), WRONG, ids=[f"{f}-{m}" for f, m, _ in WRONG])
+@torch.no_grad()
+def test_wrong_weights_are_told_apart(model_type, mistake, weigh, ids):
+    blocks, watched, record_NLK = replayed_blocks(model_type, ids)
+    for slot, (layer, block) in enumerate(blocks.items()):
+        wrong = naive_block(block, watched.inputs[layer], record_NLK[:, slot], weigh)
+        assert (watched.outputs[layer] - wrong).abs().max() > 1e-6, mistake
+
+
+@torch.no_grad()
+def test_order_of_ids_changes_nothing(ids):
+    model = in_float64("qwen3_moe", num_experts_per_tok=4)
+    replay = RouterReplay(model)
+    record = foreign_record(replay, *ids.shape)
+    with InDouble():
+        live = model(ids).logits
+        with replay.replay(record):
+            expected = model(ids).logits
+        with replay.replay(record[..., [2, 0, 3, 1]]):
+            permuted = model(ids).logits
+    assert (live - expected).abs().max() > 1e-3
+    assert (permuted - expected).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_shared_experts_and_dense_layers_are_untouched(ids):
+    model = build_tiny("deepseek_v3")  # layer 0 is dense
+    replay = RouterReplay(model)
+    assert replay.moe_layers == [1, 2]
+    first = model.model.layers[1].mlp
+    watched = Watched({"dense": model.model.layers[0], "shared": first.shared_experts, "block": first})
+    model(ids)
+    live = dict(watched.outputs)
+    with replay.replay(foreign_record(replay, *ids.shape)):
+        model(ids)
+    assert not torch.equal(watched.outputs["block"], live["block"])
+    assert torch.equal(watched.outputs["dense"], live["dense"])
+    assert torch.equal(watched.outputs["shared"], live["shared"])
+
+
+# Property 1: own record; the same harness shows that another record gives other bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_record_is_bit_identical(model, ids, dtype):
+    model.to(dtype).train()
+    before = model(ids, labels=ids)
+    before.loss.backward()
+    live = gradients(model)
+    replay = RouterReplay(model)
+
+    def replayed(record):
+        with replay.replay(record) as stats:
+            out = model(ids, labels=ids)
+        out.loss.backward()
+        return out.logits, gradients(model), int(stats.changed_routers)
+
+    own = record_of(model, replay, ids)
+    logits, grads, changed = replayed(own)
+    assert torch.equal(logits, before.logits) and differing(grads, live) == [] and changed == 0
+    logits, grads, changed = replayed(foreign_record(replay, *ids.shape))
+    assert not torch.equal(logits, before.logits) and len(differing(grads, live)) > len(live) / 2 and changed > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("layout", ["MoE layers", "decoder layers"])
+@torch.no_grad()
+def test_layouts_and_dtypes(qwen, ids, dtype, layout):
+    replay = RouterReplay(qwen)
+    record = foreign_record(replay, *ids.shape)
+    given = record
+    if layout == "decoder layers":  # slots of dense layers hold whatever the engine left there
+        given = torch.full((*ids.shape, replay.num_decoder_layers, replay.top_k), 99)
+        given[:, :, replay.moe_layers] = record
+    with executed_ids(qwen) as live:
+        qwen(ids)
+    assert changed_rows(stacked(live, 2), record).any()
+    with executed_ids(qwen) as seen, replay.replay(given.to(dtype)):
+        qwen(ids)
+    assert torch.equal(stacked(seen, 2), record)
+
+
+@torch.no_grad()
+def test_slots_are_not_read_by_order(qwen, ids):
+    """A record with one slot per decoder layer, read by the ordinal of the MoE layer, shifts every layer."""
+    replay = RouterReplay(qwen)
+    every_layer = torch.zeros((*ids.shape, replay.num_decoder_layers, replay.top_k), dtype=torch.long)
+    every_layer[:, :, replay.moe_layers] = foreign_record(replay, *ids.shape)
+    with executed_ids(qwen) as seen, replay.replay(every_layer):
+        qwen(ids)
+    by_ordinal = every_layer[:, :, : len(replay.moe_layers)]
+    assert replay.moe_layers == [1, 3]
+    assert (changed_rows(stacked(seen, 2), by_ordinal).double().mean((0, 1)) > 0.5).all()
+    assert torch.equal(stacked(seen, 2), every_layer[:, :, [1, 3]])
+
+
+@torch.no_grad()
+def test_missing_rows_route_live(model, ids):
+    replay = RouterReplay(model)
+    with executed_ids(model) as seen:
+        live_logits = model(ids).logits
+    live, record = stacked(seen, 2), foreign_record(replay, *ids.shape)
+    assert changed_rows(live, record).any()
+    record[:, 5:] = -1
+    with executed_ids(model) as seen, replay.replay(record) as stats:
+        out = model(ids, output_router_logits=True)
+    executed = stacked(seen, 2)
+    would_pick = torch.stack([logits.topk(2).indices for logits in out.router_logits], 1).unflatten(0, ids.shape)
+    assert torch.equal(executed[:, :5], record[:, :5])
+    assert torch.equal(executed[:, 5:], would_pick[:, 5:])
+    assert torch.equal(executed[:, 5:, 0], live[:, 5:, 0]), "nothing was replayed before the first MoE layer"
+    assert int(stats.recorded_tokens) == 2 * 5
+    assert not torch.equal(out.logits[:, :5], live_logits[:, :5])
+
+
+@torch.no_grad()
+def test_missing_is_not_expert_zero(qwen, ids):
+    """Padding a missing row with zeros, or with arange(K), executes experts that the router would not."""
+    replay = RouterReplay(qwen)
+    record = record_of(qwen, replay, ids)
+    expected = qwen(ids).logits
+    missing = record.clone()
+    missing[:, -4:] = -1
+    with executed_ids(qwen) as seen, replay.replay(missing):
+        assert torch.equal(qwen(ids).logits, expected)
+    assert torch.equal(stacked(seen, 2), record.long())
+    balanced = record.clone()
+    balanced[:, -4:] = torch.arange(2)
+    with replay.replay(balanced):
+        assert not torch.equal(qwen(ids).logits, expected)
+
+
+# Properties 4 and 5: gradients
+
+
+def logit_gradients(model, replay, record, ids):
+    """Gradient of a loss with respect to the router logits `(N, E)` of the first MoE layer."""
+    logits = []
+    router = next(m for n, m in model.named_modules() if re.search(r"layers\.1\.mlp\.(gate|router)$", n))
+
+    def keep(module, args, output):
+        output[0].retain_grad()
+        logits.append(output[0])
+
+    handle = router.register_forward_hook(keep)
+    with InDouble(), replay.replay(record):
+        out = model(ids, labels=ids)
+    out.loss.backward()
+    handle.remove()
+    return logits[0].grad, logits[0].detach()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_gradient_reaches_the_record_and_nothing_else(model_type, ids):
+    model = in_float64(model_type)
+    replay = RouterReplay(model)
+    record = foreign_record(replay, *ids.shape)
+    with InDouble():
+        live = record_of(model, replay, ids)
+    grad_NE, logits_NE = logit_gradients(model, replay, record, ids)
+    slot = replay.moe_layers.index(1)
+    record_NK, live_NK = record[:, :, slot].flatten(0, 1), live[:, :, slot].flatten(0, 1).long()
+    inside = torch.zeros_like(grad_NE, dtype=torch.bool).scatter(1, record_NK, True)
+    picked_live = torch.zeros_like(inside).scatter(1, live_NK, True)
+    scale = grad_NE.abs().max()
+    # the last token predicts nothing, and what a softmax over all experts cancels leaves rounding
+    fed = torch.ones(ids.shape, dtype=torch.bool)
+    fed[:, -1] = False
+    fed = fed.flatten()[:, None]
+    assert (inside & ~picked_live & fed).sum() > 10
+    assert (grad_NE[inside & ~picked_live & fed].abs() > 1e-9 * scale).all()
+    assert (grad_NE[inside & fed].abs() > 1e-9 * scale).all()
+    assert (grad_NE[~inside].abs() < 1e-14 * scale).all()
+    if model_type in ("deepseek_v3", "gpt_oss"):
+        assert (grad_NE[~inside] == 0).all()
+
+
+def test_single_expert_with_renormalisation_teaches_the_router_nothing(ids):
+    """g = 1 whatever the logit, as the formula says; without renormalisation it does learn."""
+    for model_type, learns in (("mixtral", False), ("olmoe", True)):
+        model = in_float64(model_type, num_experts_per_tok=1)
+        replay = RouterReplay(model)
+        grad_NE, _ = logit_gradients(model, replay, foreign_record(replay, *ids.shape), ids)
+        assert (grad_NE.abs().max() > 1e-6) == learns
+
+
+def test_group_limited_gate_gives_true_weight_outside_the_live_groups(ids):
+    """DeepSeek-V2 takes its weights from scores that are 0 outside the live groups."""
+    model = in_float64("deepseek_v2")
+    gate = model.model.layers[1].mlp.gate
+    assert gate.topk_method == "group_limited_greedy"
+    replay = RouterReplay(model)
+    record = foreign_record(replay, *ids.shape)
+    weights = []
+    handle = gate.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    grad_NE, logits_NE = logit_gradients(model, replay, record, ids)
+    handle.remove()
+    record_NK = record[:, :, 0].flatten(0, 1)
+    groups, size = gate.num_group, 8 // gate.num_group
+    best = logits_NE.unflatten(1, (groups, size)).amax(-1).topk(gate.topk_group).indices
+    outside = ~(record_NK[:, :, None] // size == best[:, None, :]).any(-1)
+    assert outside.sum() > 5
+    expected = logits_NE.softmax(-1).gather(1, record_NK) * gate.routed_scaling_factor
+    assert (weights[0] - expected).abs().max() < 1e-12
+    fed = torch.ones(ids.shape, dtype=torch.bool)
+    fed[:, -1] = False
+    assert (grad_NE.gather(1, record_NK)[outside & fed.flatten()[:, None]].abs() > 1e-9 * grad_NE.abs().max()).all()
+
+
+def test_router_learns_and_later_updates_execute_the_record(model, ids):
+    """Several updates with one record: the router moves, live selections drift, executed ids do not."""
+    replay = RouterReplay(model)
+    record = record_of(model, replay, ids)
+    gates = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("gate.weight")}
+    assert len(gates) == len(replay.moe_layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    model.train()
+    for _ in range(3):
+        with executed_ids(model) as seen, replay.replay(record):
+            loss = model(ids, labels=ids).loss
+        assert torch.equal(as_sets(stacked(seen, 2)), as_sets(record))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert changed_rows(record_of(model, replay, ids), record).any()
+    assert all(not torch.equal(p, gates[n]) for n, p in model.named_parameters() if n in gates)
+
+
+@torch.no_grad()
+def test_changed_counts_are_those_of_the_live_logits(model, ids):
+    """The health signal, from the router logits that the model itself returns."""
+    replay = RouterReplay(model)
+    record = record_of(model, replay, ids)
+    record[:, ::2] = foreign_record(replay, *ids.shape)[:, ::2].to(record)
+    record[0, -1] = -1
+    with replay.replay(record) as stats:
+        out = model(ids, output_router_logits=True)
+    live = torch.stack([logits.topk(2).indices for logits in out.router_logits], 1).unflatten(0, ids.shape)
+    changed = changed_rows(live, record) & (record[..., 0, 0] != -1)[..., None]
+    assert changed.any() and not changed.all()
+    assert int(stats.changed_routers) == int(changed.sum())
+    assert int(stats.changed_tokens) == int(changed.any(-1).sum())
+    assert int(stats.recorded_tokens) == ids.numel() - 1
+    assert stats.forwards == 1
+
+
+# Property 6: the auxiliary loss
+
+
+def test_router_logits_and_auxiliary_loss_are_live(model, padded):
+    ids, mask = padded
+    untouched = copy.deepcopy(model)
+    live = untouched(ids, attention_mask=mask, output_router_logits=True)
+    replay = RouterReplay(model)
+    blocks = blocks_of(model)
+    watched = Watched(blocks)
+    with replay.replay(foreign_record(replay, *ids.shape)):
+        out = model(ids, attention_mask=mask, output_router_logits=True)
+    unpatched = blocks_of(untouched)
+    expected = tuple(F.linear(watched.inputs[layer], unpatched[layer].gate.weight) for layer in blocks)
+    assert all(torch.equal(*pair) for pair in zip(out.router_logits, expected, strict=True))
+    assert not torch.equal(out.router_logits[-1], live.router_logits[-1]), "the record changes the hidden states"
+    aux = load_balancing_loss_func(expected, 8, 2, mask)
+    assert torch.equal(out.aux_loss, aux)
+    weights = tuple(logits.softmax(-1) for logits in expected)
+    assert (load_balancing_loss_func(weights, 8, 2, mask) - aux).abs() > 1e-4, "softmax values are no logits"
+    assert (load_balancing_loss_func(expected, 8, 2) - aux).abs() > 1e-4, "padding does not count"
+    out.aux_loss.backward()
+    assert all(block.gate.weight.grad.abs().max() > 0 for block in blocks.values())
