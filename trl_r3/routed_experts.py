@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,6 +81,9 @@ def select_moe_layers(routed_experts: Tensor, shape: RoutingShape) -> Tensor:
     if slots == len(shape.moe_layers):
         return routed_experts
     if slots == shape.num_decoder_layers:
+        first, last = shape.moe_layers[0], shape.moe_layers[-1]
+        if last - first + 1 == len(shape.moe_layers):  # dense layers only before and after: no need to gather
+            return routed_experts[..., first : last + 1, :].contiguous()
         return routed_experts[..., list(shape.moe_layers), :]
     raise ValueError(
         f"`routed_experts` has {slots} layer slots, but the model has {len(shape.moe_layers)} MoE layers and "
@@ -108,6 +112,17 @@ def pack(routed_experts: Tensor, shape: RoutingShape, *, sample: int | None = No
     ids = routed_experts
     if ids.dtype in (torch.uint16, torch.uint32, torch.uint64):  # these have hardly a kernel in PyTorch
         ids = ids.to(torch.int64)
+    if ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < MISSING or high >= shape.num_experts:  # or 255 for missing, so look closer
+            _check_range(ids, shape, sample)
+    if shape.storage_dtype == torch.uint8 and ids.dtype != torch.uint8:
+        # -1 wraps around to 255 by the rules of integer conversion, and every other id is smaller
+        return ids.to(torch.uint8)
+    return ids.to(shape.storage_dtype)
+
+
+def _check_range(ids: Tensor, shape: RoutingShape, sample: int | None) -> None:
     bad = ids >= shape.num_experts
     if ids.dtype == torch.uint8:
         bad &= ids != shape.missing
@@ -121,10 +136,6 @@ def pack(routed_experts: Tensor, shape: RoutingShape, *, sample: int | None = No
             f"{_place(shape, first, layer, row)}: expert id {int(ids[where])} is outside [0, {shape.num_experts}). "
             f"Pass the record of this model; a missing row is -1."
         )
-    if shape.storage_dtype == torch.uint8 and ids.dtype != torch.uint8:
-        # -1 wraps around to 255 by the rules of integer conversion, and every other id is smaller
-        return ids.to(torch.uint8)
-    return ids.to(shape.storage_dtype)
 
 
 def unpack(record: Tensor, shape: RoutingShape) -> Tensor:
@@ -167,17 +178,14 @@ def check_rows(record: Tensor, shape: RoutingShape, *, sample: int = 0) -> None:
     """
     if record.numel() == 0:
         return
-    is_missing = record == shape.missing
-    missing_R = is_missing[:, 0, 0]
-    torn = is_missing != missing_R[:, None, None]
-    if torn.any():
-        row, layer, _ = torn.nonzero()[0].tolist()
-        raise ValueError(
-            f"{_place(shape, sample, layer, row)}: {int(is_missing[row].sum())} of {is_missing[row].numel()} ids of "
-            "the row are missing. A row is whole or missing: set all of its ids to -1."
-        )
-    _check_duplicates(record, is_missing, shape, sample)
-    _check_zero_layers(record[~missing_R], shape, sample)
+    ids = record.numpy(force=True)
+    whole = ids
+    if ids.max() >= shape.num_experts or ids.min() < 0:
+        missing_R = _check_torn(ids, shape, sample)
+        whole = ids[~missing_R]
+    _check_duplicates(ids, whole, shape, sample)
+    if shape.top_k == 1 and shape.num_experts > 1 and len(whole) >= 8:  # with K > 1 a zero row has duplicates
+        _check_zero_layers(whole, shape, sample)
 
 
 def _place(shape: RoutingShape, sample: int, layer: int, row: int | None = None) -> str:
@@ -185,39 +193,53 @@ def _place(shape: RoutingShape, sample: int, layer: int, row: int | None = None)
     return f"sample {sample}, decoder layer {shape.moe_layers[layer]} (MoE layer {layer}){where}"
 
 
-def _check_duplicates(record: Tensor, is_missing: Tensor, shape: RoutingShape, sample: int) -> None:
-    for shift in range(1, shape.top_k // 2 + 1):  # every pair of slots is `shift` apart around the ring of K
-        same = (record == record.roll(shift, -1)) & ~is_missing
-        if same.any():
-            row, layer, slot = same.nonzero()[0].tolist()
+def _check_torn(ids: np.ndarray, shape: RoutingShape, sample: int) -> np.ndarray:
+    is_missing = ids == shape.missing
+    missing_R = is_missing[:, 0, 0]
+    torn = is_missing != missing_R[:, None, None]
+    if torn.any():
+        row, layer, _ = np.argwhere(torn)[0]
+        raise ValueError(
+            f"{_place(shape, sample, layer, row)}: {is_missing[row].sum()} of {is_missing[row].size} ids of the row "
+            "are missing. A row is whole or missing: set all of its ids to -1."
+        )
+    return missing_R
+
+
+def _check_duplicates(ids: np.ndarray, whole: np.ndarray, shape: RoutingShape, sample: int) -> None:
+    # slot by slot in contiguous memory: a comparison of two planes runs at the speed of memory
+    planes = np.ascontiguousarray(whole.reshape(-1, shape.top_k).T)
+    if not any((planes[i] == planes[j]).any() for i in range(shape.top_k) for j in range(i)):
+        return
+    for row, layer in np.ndindex(ids.shape[:2]):
+        chosen = ids[row, layer].tolist()
+        repeated = [expert for expert in chosen if chosen.count(expert) > 1 and expert != shape.missing]
+        if repeated:
             raise ValueError(
-                f"{_place(shape, sample, layer, row)}: expert {int(record[row, layer, slot])} appears twice among "
-                f"{shape.top_k} ids {record[row, layer].tolist()}. A router selects distinct experts: the engine did "
-                f"not capture this row, or its layers are mapped wrongly."
+                f"{_place(shape, sample, layer, row)}: expert {repeated[0]} appears {chosen.count(repeated[0])} times "
+                f"among {shape.top_k} ids {chosen}. A router selects distinct experts: the engine did not capture "
+                "this row, or its layers are mapped wrongly."
             )
 
 
-def _check_zero_layers(rows: Tensor, shape: RoutingShape, sample: int) -> None:
-    # With K > 1 such a layer has duplicates. With K = 1 a few tokens may well share expert 0.
-    if rows.shape[0] < 8 or shape.num_experts == 1:
-        return
-    zero_L = (rows == 0).all(-1).all(0)
+def _check_zero_layers(whole: np.ndarray, shape: RoutingShape, sample: int) -> None:
+    zero_L = (whole == 0).all((0, 2))
     if zero_L.any():
-        layer = int(zero_L.nonzero()[0])
         raise ValueError(
-            f"{_place(shape, sample, layer)}: all {rows.shape[0]} rows are expert 0 of {shape.num_experts}. The "
-            "engine did not capture this layer: check that it supports routed experts with its MoE kernel."
+            f"{_place(shape, sample, int(zero_L.argmax()))}: all {len(whole)} rows are expert 0 of "
+            f"{shape.num_experts}. The engine did not capture this layer: check that it supports routed experts with "
+            "its MoE kernel."
         )
 
 
-def check_stale(record: Tensor, tokens: Tensor, shape: RoutingShape, *, sample: int = 0) -> None:
+def check_stale(record: Tensor, tokens: Tensor | Sequence[int], shape: RoutingShape, *, sample: int = 0) -> None:
     """
     Refuse a run of repeated rows, as an engine leaves them that hands out a stale buffer.
 
     Args:
         record (`torch.Tensor` of shape `(R, L, K)`):
             Packed ids of one sample.
-        tokens (`torch.Tensor` of shape `(R,)` or longer):
+        tokens (`torch.Tensor` or `list[int]` of shape `(R,)` or longer):
             Input ids of the rows. Rows may repeat where the token does.
         shape ([`RoutingShape`]):
             Layers and experts of the model.
@@ -228,13 +250,11 @@ def check_stale(record: Tensor, tokens: Tensor, shape: RoutingShape, *, sample: 
         `ValueError`: If 16 consecutive rows agree in every layer although their tokens differ.
     """
     rows = record.shape[0]
-    if rows < _STALE_RUN:
+    if rows < _STALE_RUN or not _repeats(record[:, 0, 0]):  # one id of each row rules most records out
         return
-    repeats = (record[1:] == record[:-1]).flatten(1).all(1) & (record[1:, 0, 0] != shape.missing)
-    runs = repeats.unfold(0, _STALE_RUN - 1, 1).all(1)  # run w: rows w .. w + _STALE_RUN - 1 are the same
-    if not runs.any():
-        return
-    token_runs = tokens[:rows].to(runs.device).unfold(0, _STALE_RUN, 1)
+    repeats_R = (record[1:] == record[:-1]).flatten(1).all(1) & (record[1:, 0, 0] != shape.missing)
+    runs = repeats_R.unfold(0, _STALE_RUN - 1, 1).all(1)  # run w: rows w .. w + _STALE_RUN - 1 are the same
+    token_runs = torch.as_tensor(tokens)[:rows].to(runs.device).unfold(0, _STALE_RUN, 1)
     runs &= (token_runs != token_runs[:, :1]).any(1)
     if runs.any():
         start = int(runs.nonzero()[0])
@@ -243,6 +263,12 @@ def check_stale(record: Tensor, tokens: Tensor, shape: RoutingShape, *, sample: 
             f"{len(shape.moe_layers)} MoE layers, although {len(set(token_runs[start].tolist()))} different tokens "
             "were fed. The engine handed out stale rows: upgrade it, or drop the sample."
         )
+
+
+def _repeats(first_R: Tensor) -> bool:
+    changed_R = np.diff(first_R.numpy(force=True).astype(np.int32)) != 0
+    changes = np.flatnonzero(np.concatenate([[True], changed_R, [True]]))
+    return bool((np.diff(changes) >= _STALE_RUN).any())
 
 
 def check_length(num_rows: int, num_tokens: int, sample: int) -> None:

@@ -49,9 +49,7 @@ def to_record(ids: np.ndarray | Tensor, shape: RoutingShape, sample: int) -> Ten
             "(rows, layers, top_k). Pass one array a sample."
         )
     if isinstance(ids, np.ndarray):
-        if ids.shape[1] == shape.num_decoder_layers:
-            ids = ids[:, list(shape.moe_layers)]  # copies, so what follows may keep it
-        ids = torch.from_numpy(np.require(ids, requirements=["C", "W", "O"]))
+        ids = torch.from_numpy(np.require(ids, requirements=["C", "W", "O"]))  # copies what the engine still owns
     try:
         return pack(select_moe_layers(ids.cpu(), shape), shape, sample=sample)
     except ValueError as error:

@@ -86,7 +86,7 @@ def stitch(
             start = sample + 1
             check_length(record.shape[0], len(fed), sample)
             check_rows(record, shape, sample=sample)
-            check_stale(record, torch.tensor(fed), shape, sample=sample)
+            check_stale(record, fed, shape, sample=sample)
             stitched[sample].add(turn, entry, _common_prefix(fed, sequences[sample]))
     lengths = [len(prompt) for prompt in prompt_ids]
     logprobs = None
@@ -99,21 +99,31 @@ class _Stitched:
     """The record of one sample while its turns are joined."""
 
     def __init__(self, num_tokens: int, shape: RoutingShape):
-        size = (max(num_tokens - 1, 0), len(shape.moe_layers), shape.top_k)
-        self.record = torch.full(size, shape.missing, dtype=shape.storage_dtype)
+        self.shape = shape
+        self.num_rows = max(num_tokens - 1, 0)
         self.logprobs = torch.full((num_tokens,), float("nan"))
         self.filled = 0
+        self._pieces: list[Tensor] = []
 
     def add(self, turn: Turn, entry: int, agreed: int) -> None:
-        """Fill the rows that are new, as far as the tokens agree."""
-        end = min(agreed, turn.records[entry].shape[0], self.record.shape[0])
+        """Take the rows that are new, as far as the tokens agree."""
+        end = min(agreed, turn.records[entry].shape[0], self.num_rows)
         if end > self.filled:
-            self.record[self.filled : end] = turn.records[entry][self.filled : end]
+            self._pieces.append(turn.records[entry][self.filled : end])
             self.filled = end
         if turn.logprobs is not None:
             first = len(turn.prompt_ids[entry])
             sampled = turn.logprobs[entry][: max(agreed - first, 0)]
             self.logprobs[first : first + len(sampled)] = sampled
+
+    @property
+    def record(self) -> Tensor:
+        """(T - 1, L, K); a sample of one turn is not copied."""
+        if self.filled == self.num_rows and len(self._pieces) == 1:
+            return self._pieces[0]
+        size = (self.num_rows - self.filled, len(self.shape.moe_layers), self.shape.top_k)
+        rest = torch.full(size, self.shape.missing, dtype=self.shape.storage_dtype)
+        return torch.cat([*self._pieces, rest])
 
 
 def _sample_of(prompt: Sequence[int], sequences: list[list[int]], start: int) -> int:
@@ -128,10 +138,10 @@ def _sample_of(prompt: Sequence[int], sequences: list[list[int]], start: int) ->
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    for position, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return position
-    return min(len(one), len(other))
+    shorter = min(len(one), len(other))
+    if list(one[:shorter]) == list(other[:shorter]):
+        return shorter
+    return next(position for position in range(shorter) if one[position] != other[position])
 
 
 def slice_samples(
