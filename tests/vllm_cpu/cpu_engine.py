@@ -1,0 +1,291 @@
+"""A tiny model, an oracle that shares no code with the package, and what a vLLM on a CPU needs.
+
+Legend: T tokens of a sequence, R = T - 1 rows, D decoder layers, K experts per token.
+
+Two things of vLLM do not work on a CPU, and have a stand-in here: loading weights tensor by tensor into a running
+engine, because the CPU kernels have repacked them, and the NCCL transfer of weights to a server.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+# One thread: with two, the barriers of a tiny forward wait whole time slices as soon as another process runs.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+VOCAB_SIZE = 128
+PAD, EOS = 0, 1
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,  # the CPU kernels want multiples of 32
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # the default gives nearly uniform routers, where rounding decides
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
+
+
+def tiny_qwen3_moe(num_experts: int = 8, seed: int = 0) -> PreTrainedModel:
+    """A random Qwen3-MoE of 4 layers in float32, the second one dense."""
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(**_SIZES, num_experts=num_experts, moe_intermediate_size=32, mlp_only_layers=[1])
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def tiny_mixtral(num_experts: int = 8, seed: int = 0) -> PreTrainedModel:
+    """A random Mixtral of 4 layers in float32."""
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=num_experts, sliding_window=None)).eval()
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
+    """Write the model and a tokenizer whose words are `t3` to `t127`, separated by blanks."""
+    vocab = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {f"t{i}": i for i in range(3, VOCAB_SIZE)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def forward_routes(model: PreTrainedModel, tokens: Sequence[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """
+    What the routers of a Transformers model select, seen by plain hooks on modules that return (logits, weights, ids).
+
+    Returns:
+        `tuple[dict[int, torch.Tensor], torch.Tensor]`: Sorted ids `(T, K)` by decoder layer, and log-probs `(T, V)`.
+    """
+    routes: dict[int, torch.Tensor] = {}
+
+    def record(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: routes.__setitem__(layer, output[2].sort(-1).values)
+
+    handles = [
+        layer.mlp.gate.register_forward_hook(record(i))
+        for i, layer in enumerate(model.model.layers)
+        if hasattr(layer.mlp, "gate")
+    ]
+    try:
+        logits = model(torch.tensor([list(tokens)])).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return routes, logits.log_softmax(-1)
+
+
+def mismatches(model: PreTrainedModel, tokens: Sequence[int], ids: np.ndarray) -> tuple[int, int]:
+    """
+    Hold a record `(R, D, K)` against a Transformers forward over all tokens.
+
+    Returns:
+        `tuple[int, int]`: How many (position, MoE layer) pairs differ as sets, and how many there are.
+    """
+    routes, _ = forward_routes(model, tokens)
+    assert ids.shape == (len(tokens) - 1, model.config.num_hidden_layers, model.config.num_experts_per_tok)
+    recorded = torch.from_numpy(ids.astype(np.int64)).sort(-1).values
+    pairs = [(recorded[:, layer] != live[:-1]).any(-1) for layer, live in routes.items()]
+    return int(torch.stack(pairs).sum()), torch.stack(pairs).numel()
+
+
+def distance(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int], sampled: Sequence[float]) -> float:
+    """Largest distance of the sampled log-probs of a completion from those of a Transformers forward."""
+    _, logprobs = forward_routes(model, [*prompt, *tokens])
+    expected = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(list(tokens))[:, None])[:, 0]
+    return float((torch.tensor(list(sampled)) - expected).abs().max())
+
+
+def logprob_difference(model: PreTrainedModel, prompt: Sequence[int], completion: Any) -> float:
+    """The [`distance`] of a `CompletionOutput`."""
+    sampled = [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+    return distance(model, prompt, completion.token_ids, sampled)
+
+
+def reload_weights(model_runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace all weights of a running CPU engine. The checkpoint's names and those of Transformers both work."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+    for module in model_runner.model.modules():
+        if isinstance(module, MoERunner):
+            module._quant_method.moe_kernel = None  # else the raw weights are copied over the repacked ones
+    model_runner.reload_weights(weights_iterator=weights)
+
+
+def cpu_llm(*args: Any, **kwargs: Any) -> Any:
+    """
+    `vllm.LLM` for a CPU. Set it as `trl.generation.vllm_generation.LLM`, and TRL's own code runs in colocate mode.
+
+    TRL passes each parameter to `load_weights` of the engine's model and then calls `reset_prefix_cache`. Here the
+    first only collects and the second loads.
+    """
+    from vllm import LLM
+
+    llm = LLM(*args, **{"dtype": "float32", "enforce_eager": True, **kwargs})
+    model_runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    model = model_runner.model
+    reset_prefix_cache = llm.reset_prefix_cache
+    collected: dict[str, torch.Tensor] = {}
+
+    def collect(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        new = {name: tensor.detach().clone() for name, tensor in weights}
+        collected.update(new)
+        return set(new)
+
+    def load_then_reset(*args: Any, **kwargs: Any) -> Any:
+        if collected:
+            del model.load_weights
+            try:
+                reload_weights(model_runner, collected.items())
+            finally:
+                model.load_weights = collect
+            collected.clear()
+        return reset_prefix_cache(*args, **kwargs)
+
+    model.load_weights = collect
+    llm.reset_prefix_cache = load_then_reset
+    return llm
+
+
+def close(llm: Any) -> None:
+    """Free the engine, so that the next one can start in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+class ReloadFromFile:
+    """Extension of the server's worker (`--worker-extension-cls`), called through `/collective_rpc`."""
+
+    model_runner: Any
+
+    def reload_from_file(self, path: str) -> None:
+        reload_weights(self.model_runner, load_file(path).items())
+
+
+def push_weights(base_url: str, weights: Iterable[tuple[str, torch.Tensor]], file: Path) -> list[str]:
+    """Hand weights to a server of [`serve`] in a file; returns their names."""
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights}
+    save_file(tensors, file)
+    request(f"{base_url}/collective_rpc", {"method": "reload_from_file", "args": [str(file)]})
+    return list(tensors)
+
+
+def sync_weights_by_file(client_class: type, file: Path, patch: Callable[[Any, str, Any], None]) -> None:
+    """
+    Let TRL's client hand weights to a server of [`serve`] in a file, where it would use NCCL.
+
+    Args:
+        client_class (`type`):
+            `trl.generation.vllm_client.VLLMClient`.
+        file (`Path`):
+            Where the weights go.
+        patch (`Callable`):
+            `monkeypatch.setattr`.
+    """
+
+    def update_named_params(self: Any, metadata: list, named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
+        names = push_weights(self.base_url, named_params, file)
+        assert names == [name for name, _, _ in metadata]
+
+    patch(client_class, "init_communicator", lambda self, device=0: None)
+    patch(client_class, "close_communicator", lambda self: None)
+    patch(client_class, "update_named_params", update_named_params)
+
+
+@contextmanager
+def serve(model_folder: Path, log: Path, *extra: str, timeout: float = 300.0) -> Iterator[str]:
+    """Run `vllm serve` on a free port of this machine for the length of the block, which gets its base URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "256", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    command += ["--enable-scale-out", "--worker-extension-cls", "cpu_engine.ReloadFromFile", *extra]
+    python_path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        base_url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(server, base_url, log, timeout)
+        yield base_url
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_until_healthy(server: subprocess.Popen, base_url: str, log: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return request(f"{base_url}/health")
+        except urllib.error.URLError as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text()[-3000:]
+                raise RuntimeError(f"vllm serve is not up, exit status {server.returncode}:\n{tail}") from error
+        time.sleep(0.5)
+
+
+def request(url: str, body: Any = None) -> Any:
+    """GET, or POST of JSON where there is a body; the answer's JSON, or `None` where it is empty."""
+    data = None if body is None else json.dumps(body).encode()
+    message = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(message, timeout=120) as response:
+        text = response.read()
+    return json.loads(text) if text else None
