@@ -177,8 +177,8 @@ def _refuse_without_events(model: nn.Module, names: dict, experts: dict, trace: 
             f"{', '.join(others)}. Replay needs routers that hand their selection to an `experts` module."
         )
     raise UnsupportedRouterError(
-        f"{type(model).__name__} is a dense model: no module in it is named `experts`, and its forward selects nothing. "
-        f"There is no routing to replay; set `use_routing_replay=False`."
+        f"{type(model).__name__} is a dense model: no module in it is named `experts`, and its forward selects "
+        "nothing. There is no routing to replay; set `use_routing_replay=False`."
     )
 
 
@@ -192,7 +192,7 @@ def _is_static(event: _Event, model: nn.Module, names: dict, experts: dict) -> b
         return False
     if event.ids_args:
         # other hidden states, same tokens
-        other = _probe(model, names, experts, embed=lambda hidden: torch.randn_like(hidden) * hidden.std() * 3)
+        other = _probe(model, names, experts, embed=_noise_like)
         twins = [twin for twin in other.events if twin.block == event.block]
         if len(twins) == 1 and all(map(torch.equal, event.ids_args, twins[0].ids_args)):
             return True
@@ -202,6 +202,12 @@ def _is_static(event: _Event, model: nn.Module, names: dict, experts: dict) -> b
         f"{event.block} ({type(block).__name__}) of {type(model).__name__} reaches its experts without a `torch.topk`"
         f"{_kernel_hint(model)}: its children are {children}. Replay can only replace a top-k selection."
     )
+
+
+def _noise_like(hidden: Tensor) -> Tensor:
+    generator = torch.Generator(hidden.device).manual_seed(0)  # the global one belongs to the user
+    noise = torch.randn(hidden.shape, generator=generator, device=hidden.device, dtype=torch.float32)
+    return (noise * hidden.float().std() * 3).to(hidden.dtype)
 
 
 def _selecting(event: _Event, names: dict) -> _TopK | None:

@@ -62,8 +62,10 @@ class ForwardPass:
         self.changed_N = changed_N if self.changed_N is None else self.changed_N | changed_N
 
     def close(self) -> None:
-        """Check that the forward went through every router once."""
+        """Check that the forward went through every router once, where that matters."""
         self.closed = True
+        if not self.recording and self.replayed_NLK is None:
+            return
         for router, fired in zip(self.routers, self.fired, strict=True):
             if fired != 1:
                 raise RuntimeError(
@@ -77,9 +79,13 @@ class ActivePass(threading.local):
     """The pass that this thread is in. Backward recomputes on threads of its own."""
 
     current: ForwardPass | None = None
+    removed: threading.Event  # shared by all threads
+
+    def __init__(self, removed: threading.Event):
+        self.removed = removed  # threading.local passes this on to every thread
 
     def __reduce__(self):  # a copied model starts idle
-        return (ActivePass, ())
+        return (_idle, ())
 
     @contextmanager
     def use(self, pass_: ForwardPass | None) -> Iterator[None]:
@@ -94,10 +100,19 @@ class ActivePass(threading.local):
         """Let a checkpointed function run in `pass_`, now and when it is recomputed."""
 
         def run_in_pass(*args, **kwargs):
+            if self.removed.is_set() and pass_.replayed_NLK is not None:
+                raise RuntimeError(
+                    "routing replay was removed between a replayed forward and its backward, so the recompute would "
+                    "route live. Call `backward()` before `remove()` or `disable_routing_replay()`."
+                )
             with self.use(pass_):
                 return function(*args, **kwargs)
 
         return run_in_pass
+
+
+def _idle() -> ActivePass:
+    return ActivePass(threading.Event())
 
 
 class Patch:

@@ -169,6 +169,7 @@ def generate_with_routes(
     kwargs: dict[str, Any],
     *,
     temperature: float | None = None,
+    mask_after_end: bool = True,
 ) -> Rollout:
     """
     Call `generate` and record every forward in it.
@@ -185,6 +186,9 @@ def generate_with_routes(
         temperature (`float`, *optional*):
             If given, the log-probabilities of the sampled tokens are returned: of the model's logits divided by it,
             before any truncation of the distribution, as the trainer scores them.
+        mask_after_end (`bool`, *optional*, defaults to `True`):
+            Whether rows of padding and after the end of a sequence are -1. A caller that knows the lengths does
+            without.
 
     Returns:
         [`Rollout`].
@@ -192,7 +196,7 @@ def generate_with_routes(
     Raises:
         `ValueError`: If the way of decoding does not feed every token once, in order.
     """
-    _check_decoding(model, kwargs)
+    check_decoding(model, kwargs)
     lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     sampled = _SampledLogProbs(lm, temperature) if temperature is not None else None
     try:
@@ -217,8 +221,9 @@ def generate_with_routes(
         )
     routes = recorded.routed_experts[:, : sequences.shape[1] - 1]
     routes = torch.cat([routes, routes.new_full((routes.shape[0], 1, *routes.shape[2:]), MISSING)], dim=1)
-    fed_BT = _routed_positions(model, sequences, width, _prompt_mask(model, prompt, kwargs), kwargs)
-    routes = routes.masked_fill_(~fed_BT[:, :, None, None].to(routes.device), MISSING)
+    if mask_after_end:
+        routed_BT = _routed_positions(model, sequences, width, _prompt_mask(model, prompt, kwargs), kwargs)
+        routes = routes.masked_fill_(~routed_BT[:, :, None, None].to(routes.device), MISSING)
     logprobs = sampled.of(sequences, width) if sampled is not None else None
     return Rollout(output, sequences, width, routes, logprobs)
 
@@ -241,8 +246,19 @@ def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     return getattr(model.generation_config, name, None)
 
 
-def _check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse what reorders, rejects or repeats tokens between forwards."""
+def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """
+    Refuse ways of decoding that reorder, reject or repeat tokens between forwards.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that generates.
+        kwargs (`dict[str, Any]`):
+            Arguments of `generate`.
+
+    Raises:
+        `ValueError`: Naming the argument, the reason and what to set instead.
+    """
 
     def refuse(what: str, reason: str, remedy: str) -> None:
         raise ValueError(f"routes cannot be recorded with {what}: {reason}. Set {remedy} instead.")
@@ -250,12 +266,16 @@ def _check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
     if (_setting(model, kwargs, "num_beams") or 1) > 1:
         beams = _setting(model, kwargs, "num_beams")
         refuse(f"`num_beams={beams}`", "beam search reorders sequences between forwards", "`num_beams=1`")
-    if kwargs.get("assistant_model") is not None or _setting(model, kwargs, "prompt_lookup_num_tokens"):
+    drafts = any(_setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+    if drafts or kwargs.get("assistant_model") is not None:
         refuse(
             "assisted decoding",
             "it feeds draft tokens and rejects some of them",
-            "`assistant_model=None` and `prompt_lookup_num_tokens=None`",
+            "`assistant_model`, `prompt_lookup_num_tokens` and `assistant_early_exit` to None",
         )
+    if (_setting(model, kwargs, "guidance_scale") or 1) != 1:
+        scale = _setting(model, kwargs, "guidance_scale")
+        refuse(f"`guidance_scale={scale}`", "it also feeds a second, unconditional stream", "`guidance_scale=None`")
     if _setting(model, kwargs, "use_cache") is False:
         refuse("`use_cache=False`", "every forward routes all tokens again", "`use_cache=True`")
     if kwargs.get("custom_generate") is not None:
@@ -292,7 +312,10 @@ def _routed_positions(
         is_end = torch.isin(completion, torch.tensor(ends, device=completion.device))
         real = is_end.int().cumsum(1) - is_end.int() == 0
         pad = _setting(model, kwargs, "pad_token_id")
-        if pad is not None and pad not in ends:  # sequences that a stopping criterion ended are filled up with padding
+        stops = kwargs.get("stopping_criteria") or any(
+            _setting(model, kwargs, s) for s in ("stop_strings", "max_time")
+        )
+        if stops and pad is not None and pad not in ends:  # what these end is filled up with padding
             real &= (completion != pad).flip(1).int().cummax(1).values.flip(1).bool()
     prompt = prompt_mask.repeat_interleave(repeats, 0).to(sequences.device)
     real_BT = torch.cat([prompt, real], dim=1)

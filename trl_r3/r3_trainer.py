@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from ._compat import adapters_are_off
+from .generation import check_decoding
 from .metrics import extreme_token_frac, k3_kl
 from .rollout.capture import capture, rollout_of_fields
 from .rollout.continuous_batching import recordable_config
@@ -68,8 +69,15 @@ class RoutingReplayMixin(_Trainer):
         with capturing_vllm(config) if self._use_replay and config.use_vllm else nullcontext():
             super().__init__(*args, **kwargs)
         if self._use_replay:
+            if config.torch_compile:
+                raise ValueError(
+                    "`torch_compile=True` runs past routing replay. Set `torch_compile=False`, or "
+                    "`use_routing_replay=False`."
+                )
             if self.continuous_batching_config is not None:
                 recordable_config(self.continuous_batching_config)
+            elif not self.use_vllm:
+                check_decoding(self.model, {"generation_config": self.generation_config})
             if self._is_vlm:
                 raise ValueError(
                     "routing replay of vision-language models is not supported: the processor expands image "
@@ -98,6 +106,7 @@ class RoutingReplayMixin(_Trainer):
         """`train` of TRL. The model is attached while it runs, and given back as it was."""
         if not self._use_replay:
             return super().train(*args, **kwargs)
+        self._last_compared = None
         with self._attached():
             return super().train(*args, **kwargs)
 

@@ -6,6 +6,7 @@ experts per token.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class RouterReplay:
         layers = tuple(router.layer for router in self._routers)
         self.shape = RoutingShape(layers, num_decoder_layers, first.num_experts, first.top_k)
         self._stack = unwrapped.get_submodule(stack_name)
-        self._active = ActivePass()
+        self._active = ActivePass(threading.Event())
         self._has_replayed = False
         self._source: RecordSource | None = None
         self._stats: ReplayStats | None = None
@@ -247,6 +248,7 @@ class RouterReplay:
 
     def remove(self) -> None:
         """Give the model back as it was, bit for bit."""
+        self._active.removed.set()
         while self._patches:
             self._patches.pop().remove()
 
@@ -269,8 +271,8 @@ class RouterReplay:
         return forward(*args, **kwargs)
 
     def _forward_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._source is None and self._recorded is None and not self._has_replayed:
-            return forward(*args, **kwargs)
+        if self._source is None and self._recorded is None and not torch.is_grad_enabled():
+            return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
         tokens, (batch_size, num_tokens) = _batch_of(args, kwargs)
         replayed_NLK = None
         if self._source is not None:

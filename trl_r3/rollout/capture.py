@@ -85,7 +85,9 @@ def _transformers(trainer: Any, replay: RouterReplay) -> Iterator[MakeTurn]:
 
     def generate(*args, **kwargs):
         rollouts.append(
-            generate_with_routes(model, replay, own_generate, args, kwargs, temperature=trainer.temperature)
+            generate_with_routes(
+                model, replay, own_generate, args, kwargs, temperature=trainer.temperature, mask_after_end=False
+            )
         )
         return rollouts[-1].output
 
