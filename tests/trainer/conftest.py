@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     MixtralConfig,
@@ -183,7 +184,7 @@ class Watching(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         self.passes: list[Pass] = []
-        self.rollouts: dict[tuple, Sample] = {}
+        self.rollouts: dict[bool, dict[tuple, Sample]] = {True: {}, False: {}}  # of training and of evaluation
         self.losses: list[float] = []
         self._open: Pass | None = None
         self._inside = None
@@ -242,11 +243,11 @@ class Watching(GRPOTrainer):
         for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             rows = routes[i, width - len(prompt) : width + len(completion) - 1]
             sampled = logps[i, : len(completion)].gather(1, torch.tensor(completion)[:, None])[:, 0]
-            self.rollouts[(*prompt, *completion)] = Sample(len(prompt), rows, sampled)
+            self.rollouts[self.model.training][(*prompt, *completion)] = Sample(len(prompt), rows, sampled)
         return completion_ids, logprobs
 
     def _generate(self, prompts):
-        self.rollouts = {}
+        self.rollouts[self.model.training] = {}
         return super()._generate(prompts)
 
     def _generate_and_score_completions(self, inputs):
@@ -287,11 +288,8 @@ class Watching(GRPOTrainer):
         name = {"update": "update", "scoring": "old policy", None: "comparison"}[self._inside]
         if self._inside == "scoring" and (model is self.ref_model or reference_adapters(model)):
             name = "reference"
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "prompt_width": input_ids.size(1) - logits_to_keep,
-        }
+        prompt_width = input_ids.size(1) - logits_to_keep
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_width": prompt_width}
         with self._pass(name, **batch) as one:
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -313,15 +311,14 @@ class Watching(GRPOTrainer):
         tokens = one.input_ids[row].tolist()
         start = one.attention_mask[row].tolist().index(1)
         lengths = range(len(tokens), one.prompt_width, -1)
-        return next(self.rollouts[key] for n in lengths if (key := tuple(tokens[start:n])) in self.rollouts)
+        rollout = self.rollouts[self.model.training]
+        return next(rollout[key] for n in lengths if (key := tuple(tokens[start:n])) in rollout)
 
 
 def reference_adapters(model):
     """Whether a PEFT model is in the state in which TRL computes the reference policy."""
-    if not hasattr(model, "peft_config"):
-        return False
-    layers = [module for module in model.modules() if hasattr(module, "active_adapters") and module is not model]
-    return any("ref" in layer.active_adapters or getattr(layer, "disable_adapters", False) for layer in layers)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return any(layer.disable_adapters or "ref" in layer.active_adapters for layer in layers)
 
 
 def distinct_characters(completions, **kwargs):
@@ -417,7 +414,7 @@ def scrambled_routers(model):
     own = {name: value.detach().clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gate.weight"):
+            if ".gate." in name and "lora" not in name:
                 parameter.copy_(parameter.roll(3, 0))
     try:
         yield
