@@ -212,6 +212,14 @@ def test_huge_headers(filler, place):
                 decode_vllm_http(payload)
 
 
+def test_header_that_ends_elsewhere():
+    data = base64.b64decode(npy_with_header(HEADER + b"\n", bytes(24)))
+    with pytest.raises(ValueError, match=rf"its header ends at byte {len(HEADER) + 11}, but it has 40 bytes"):
+        decode_vllm_http(text(data[:40]))
+    with pytest.raises(ValueError, match="not that of a plain array"):
+        decode_vllm_http(npy_with_header(HEADER + b"\n" + b"more", bytes(24)))
+
+
 @pytest.mark.parametrize("version", [b"\x02\x00", b"\x03\x00", b"\x00\x00", b"\x01\x01"])
 def test_other_npy_versions(version):
     with pytest.raises(ValueError, match="it starts with"):
