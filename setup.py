@@ -11,7 +11,15 @@ CSRC = "trl_r3/gating/csrc"
 TARGETS = ("", "cpu", "cuda")
 # The oldest torch whose stable ABI one binary has to load under.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    STABLE_ABI,
+]
 # Machine code for A100 and H100/H200, and PTX that newer devices compile when they load it.
 NVCC_FLAGS = [
     "-O3",

@@ -147,6 +147,24 @@ class Case:
         return order.to(self.ids)
 
 
+class Tied(Case):
+    """Logits on a coarse grid: almost every row ties at the edge of its top-k."""
+
+    def logits(self) -> torch.Tensor:
+        return (super().logits() * 1.5).round() / 1.5
+
+
+class TiedRecord(Tied):
+    """The live selection as record, in every second row with its last expert replaced by the next in rank."""
+
+    def recorded(self) -> torch.Tensor:
+        k, rows = self.top_k, []
+        for t, row in enumerate(self.logits().double().tolist()):
+            order = sorted(range(len(row)), key=lambda e: (-row[e], e))
+            rows.append((order[: k - 1] + [order[k - 1 + t % 2]])[::-1])
+        return torch.tensor(rows, dtype=self.ids)
+
+
 def check_case(gating: Any, case: Case) -> None:
     """Assert that `gating` computes what the loops compute on `case`."""
     options, logits, recorded = case.all_options(), case.logits(), case.recorded()

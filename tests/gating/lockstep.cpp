@@ -205,11 +205,17 @@ bool backward(const Problem& p) {
   for (int64_t row = 0; row < p.num_tokens; ++row) {
     const int64_t offset = row * p.num_experts;
     std::vector<float> value(p.top_k, 7.0f);
+    std::vector<Logit> stage(p.num_experts);
     Group lanes(8, unsigned(row) + 1);
     const bool together = lanes.run([&](int lane) {
       gate_row_backward(Lane<8>{&lanes, lane}, row, static_cast<const Logit*>(p.logits) + offset, p.expert_ids,
                         p.weights, Real(p.weights_type), p.formula(), p.num_experts, p.top_k, value.data(),
-                        static_cast<Logit*>(p.grad_logits) + offset);
+                        stage.data());
+      // As the kernel does, a lane copies what other lanes wrote.
+      const int share = (p.num_experts + 7) / 8;
+      for (int e = lane * share; e < std::min((lane + 1) * share, p.num_experts); ++e) {
+        static_cast<Logit*>(p.grad_logits)[offset + e] = stage[e];
+      }
     });
     if (!together) return false;
   }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gating_oracle import Case, cases, check_case
+from gating_oracle import Case, Tied, TiedRecord, cases, check_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,13 +86,6 @@ def wrong_changed_as_lists(logits, top_k, recorded, **options):
     return GatingOutput(out.weights, out.expert_ids, stats)
 
 
-class Tied(Case):
-    """Logits on a coarse grid: almost every row ties at the edge of its top-k."""
-
-    def logits(self):
-        return (super().logits() * 1.5).round() / 1.5
-
-
 class Own(Case):
     """A record of the live selection, in another order of slots."""
 
@@ -123,6 +116,7 @@ def test_a_wrong_variant_is_rejected(variant, case):
 def test_ties_go_to_the_lowest_id(gating, dtype):
     check_case(gating, Tied(dtype=dtype, num_experts=128, top_k=8, num_tokens=64))
     check_case(gating, Tied(dtype=dtype, num_experts=60, top_k=7, options={"n_group": 4, "topk_group": 2}))
+    check_case(gating, TiedRecord(dtype=dtype, num_experts=64, num_tokens=64))
     assert gating(torch.zeros(3, 64, dtype=dtype), 5).expert_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 

@@ -3,32 +3,11 @@
 import os
 import runpy
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import setuptools
-
-ROOT = Path(__file__).parents[2]
-TESTS = Path(__file__).parent
-
-
-def copy_source(target: Path) -> Path:
-    """The package's source without anything that was built in it, so that a build leaves the checkout alone."""
-    shutil.copytree(ROOT / "trl_r3", target / "trl_r3", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
-        else:
-            (target / name).touch()
-    return target
-
-
-def run(command, **options):
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+from gating_build import ROOT, TESTS, copy_source, environment, run
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +21,6 @@ def site(tmp_path_factory):
     # The tests need this part alone, and the rest of the package takes seconds to import.
     (target / "trl_r3" / "__init__.py").write_text("")
     return target
-
-
-def environment(site):
-    return {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_the_wheel_carries_one_binary_for_all_pythons(site):

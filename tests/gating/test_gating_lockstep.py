@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gating_oracle import TOLERANCE, Case, cases, check_case
+from gating_oracle import TOLERANCE, Case, TiedRecord, cases, check_case
 
 from trl_r3.gating import GatingOutput, masked_topk_gating_ref
 
@@ -119,6 +119,7 @@ def test_ties_zeros_and_special_values(library, fast, dtype):
             return x
 
     check_case(lockstep_gating(library, fast), Special(48, 64, 8, dtype, options={"renormalize": False}))
+    check_case(lockstep_gating(library, fast), TiedRecord(48, 64, 6, dtype))
     row = torch.zeros(1, 32, dtype=dtype)
     row[0, 3], row[0, 9], row[0, 1] = float("nan"), float("-nan"), float("inf")
     defaults = Case().all_options()

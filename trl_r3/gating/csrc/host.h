@@ -45,6 +45,20 @@ inline void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, co
                   name, " must be a contiguous (", rows, ", ", columns, ") tensor");
 }
 
+// Uninitialised memory beside `like`. The C function is several times faster than a call through the dispatcher.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  const int64_t rows = *sizes.begin(), columns = sizes.size() == 2 ? sizes.begin()[1] : 1;
+  const int64_t shape[2] = {rows, columns}, strides[2] = {sizes.size() == 2 ? columns : 1, 1};
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), shape, strides, dtype, device_type,
+                                                         device_index, &handle));
+  return Tensor(handle);
+}
+
 // A forward call, checked, with its results allocated.
 struct Forward {
   int64_t num_tokens;
@@ -102,9 +116,9 @@ inline Forward prepare_forward(const Tensor& logits, int64_t top_k, const std::o
                     "bias must be a contiguous (", num_experts, ",) tensor in the dtype of the arithmetic");
     call.bias = bias->const_data_ptr();
   }
-  call.weights = torch::stable::new_empty(logits, {num_tokens, top_k}, weights_dtype);
-  call.expert_ids = torch::stable::new_empty(logits, {num_tokens, top_k}, ScalarType::Long);
-  call.stats = torch::stable::new_empty(logits, {4}, ScalarType::Long);
+  call.weights = allocate(logits, {num_tokens, top_k}, weights_dtype);
+  call.expert_ids = allocate(logits, {num_tokens, top_k}, ScalarType::Long);
+  call.stats = allocate(logits, {4}, ScalarType::Long);
   return call;
 }
 
@@ -148,7 +162,7 @@ inline Backward prepare_backward(const Tensor& grad_weights, const Tensor& logit
   call.grad_weights = grad_weights.const_data_ptr();
   call.logits = logits.const_data_ptr();
   call.expert_ids = static_cast<const int64_t*>(expert_ids.const_data_ptr());
-  call.grad_logits = torch::stable::empty_like(logits);
+  call.grad_logits = allocate(logits, {num_tokens, logits.size(1)}, logits.scalar_type());
   return call;
 }
 
