@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ._compat import uses_kernels
+from .gated_router import GateFormula, with_gating_op
+from .gating import native_kernels
 from .selection import Router, TopKWatch
 
 _PROBE_BATCH, _PROBE_TOKENS = 2, 8
@@ -51,7 +53,7 @@ class _Trace:
     calls: dict[nn.Module, list[tuple[tuple, dict, Any]]] = field(default_factory=dict)  # args, kwargs, output
 
 
-def find_routers(model: nn.Module) -> tuple[list[Router], str, int]:
+def find_routers(model: nn.Module, gating: str = "auto") -> tuple[list[Router], str, int]:
     """
     Find the routers of a mixture-of-experts causal LM and check each on its real weights.
 
@@ -61,6 +63,8 @@ def find_routers(model: nn.Module) -> tuple[list[Router], str, int]:
     Args:
         model (`torch.nn.Module`):
             A Transformers model, bare or inside a `PeftModel`.
+        gating (`str`, *optional*, defaults to `"auto"`):
+            As in [`RouterReplay`].
 
     Returns:
         `tuple[list[Router], str, int]`: The routers by ascending decoder layer, the path of the module that owns the
@@ -84,7 +88,21 @@ def find_routers(model: nn.Module) -> tuple[list[Router], str, int]:
     _check_uniform(model, routers)
     for router in routers:
         check_router(router, *trace.calls[router.module][0][:2])
-    return routers, stack, num_decoder_layers
+    gated: list[Router] = []
+    for router in routers:
+        gated.append(_gated(router, trace, gating, likely=getattr(gated[-1], "formula", None) if gated else None))
+    return gated, stack, num_decoder_layers
+
+
+def _gated(router: Router, trace: _Trace, gating: str, likely: GateFormula | None) -> Router:
+    args, kwargs, _ = trace.calls[router.module][0]
+    device = next((value.device.type for value in args if torch.is_tensor(value)), "cpu")
+    if gating == "intercept" or (gating == "auto" and device not in native_kernels()):
+        return router
+    gated = with_gating_op(router, args, kwargs, likely)
+    if gated is None and gating == "op":
+        raise _refusal(router, "`masked_topk_gating` does not cover its gate. Set `gating='auto'`")
+    return gated or router
 
 
 def _is_experts(name: str) -> bool:

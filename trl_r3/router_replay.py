@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ._compat import in_backward, is_compiled
 from .discovery import find_routers
 from .forward_pass import ActivePass, ForwardPass, Patch, bound_checkpoints
+from .gated_router import GatedRouter
 from .routed_experts import RoutingShape, check_rows, check_stale, missing_rows, pack, select_moe_layers, unpack
 
 
@@ -93,6 +94,11 @@ class RouterReplay:
     Args:
         model (`torch.nn.Module`):
             A Transformers mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
+        gating (`str`, *optional*, defaults to `"auto"`):
+            How a recorded selection takes effect. `"intercept"`: the one top-k call of the router returns it, and the
+            router's own code goes on. `"op"`: [`masked_topk_gating`] computes the gate from the router's logits, where
+            it was found equal to the router's own. `"auto"`: the op where it covers the gate and its compiled kernels
+            are installed, else interception.
 
     Raises:
         [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
@@ -111,7 +117,9 @@ class RouterReplay:
     ```
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, gating: str = "auto"):
+        if gating not in ("auto", "intercept", "op"):
+            raise ValueError(f"`gating` is {gating!r}, expected 'auto', 'intercept' or 'op'.")
         unwrapped = _unwrap(model)
         if any(isinstance(getattr(m.__dict__.get("forward"), "__self__", None), Patch) for m in unwrapped.modules()):
             raise ValueError(
@@ -124,7 +132,7 @@ class RouterReplay:
                     f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to "
                     "the model before compiling, and do not compile it."
                 )
-        self._routers, stack_name, num_decoder_layers = find_routers(unwrapped)
+        self._routers, stack_name, num_decoder_layers = find_routers(unwrapped, gating)
         first = self._routers[0]
         layers = tuple(router.layer for router in self._routers)
         self.shape = RoutingShape(layers, num_decoder_layers, first.num_experts, first.top_k)
@@ -160,8 +168,9 @@ class RouterReplay:
 
     def __repr__(self) -> str:
         router = type(self._routers[0].module).__name__
+        gating = "op" if all(isinstance(router, GatedRouter) for router in self._routers) else "intercept"
         return (
-            f"RouterReplay({router}, moe_layers={self.moe_layers}, "
+            f"RouterReplay({router}, gating={gating!r}, moe_layers={self.moe_layers}, "
             f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k})"
         )
 
