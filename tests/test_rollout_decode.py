@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_r3.rollout import decode, decode_sglang, decode_vllm_http, decode_vllm_output
+from trl_r3.rollout import decode_sglang, decode_vllm_http, decode_vllm_output
 
 # A choice of vLLM 0.30: L=4 with layer 1 dense, E=8, K=2, prompt 10 to 14, completion 510 365 140 332 70 48.
 RECORDED = (
