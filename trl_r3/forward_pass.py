@@ -50,7 +50,7 @@ class ForwardPass:
     def _record(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         # a recompute goes through the experts that its forward has gone through
         recorded_NK = self.selected.get(index)
-        output, live_NK = self.routers[index].run(forward, args, kwargs, recorded_NK, missing=-1)
+        output, live_NK = self.routers[index].intercept(forward, args, kwargs, recorded_NK, missing=-1)
         if recorded_NK is None:
             self.selected[index] = live_NK
         return output

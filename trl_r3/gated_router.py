@@ -103,7 +103,7 @@ class GatedRouter(Router):
     ) -> tuple[Any, Tensor]:
         """As in [`Router`]; without a record the router's own forward runs."""
         if replayed_NK is None:
-            return super().run(forward, args, kwargs, replayed_NK, missing)
+            return self.intercept(forward, args, kwargs, replayed_NK, missing)
         logits = self._logits(forward, args, kwargs)
         logits_NE = logits.reshape(-1, self.num_experts)
         gate = self.formula(self.module, logits_NE, self.top_k, replayed_NK)

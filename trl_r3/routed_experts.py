@@ -67,9 +67,10 @@ def select_moe_layers(routed_experts: Tensor, shape: RoutingShape) -> Tensor:
     Raises:
         `ValueError`: If S is neither L nor D, or the last dimension is not K.
     """
-    if routed_experts.dtype.is_floating_point or routed_experts.dtype in (torch.bool, torch.complex64):
+    dtype = routed_experts.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise ValueError(
-            f"`routed_experts` has dtype {routed_experts.dtype}, but expert ids are integers. Pass the ids, not the "
+            f"`routed_experts` has dtype {dtype}, but expert ids are integers. Pass the ids, not the "
             f"weights or logits of the router."
         )
     if routed_experts.ndim < 2 or routed_experts.shape[-1] != shape.top_k:

@@ -280,6 +280,11 @@ class RouterReplay:
         return forward(*args, **kwargs)
 
     def _forward_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("routed_experts") is not None:
+            raise RuntimeError(
+                "`routed_experts` was passed to a model that does not take it, so nothing of it would be replayed. "
+                "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
+            )
         if self._source is None and self._recorded is None and not torch.is_grad_enabled():
             return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
         tokens, (batch_size, num_tokens) = _batch_of(args, kwargs)

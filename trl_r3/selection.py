@@ -111,6 +111,12 @@ class Router:
     def run(
         self, forward: Callable, args: tuple, kwargs: dict[str, Any], replayed_NK: Tensor | None, missing: int
     ) -> tuple[Any, Tensor]:
+        """Like [`Router.intercept`], by the fastest means that the router allows."""
+        return self.intercept(forward, args, kwargs, replayed_NK, missing)
+
+    def intercept(
+        self, forward: Callable, args: tuple, kwargs: dict[str, Any], replayed_NK: Tensor | None, missing: int
+    ) -> tuple[Any, Tensor]:
         """
         Run the router's forward, selecting `replayed_NK` where it is given.
 
@@ -131,7 +137,7 @@ class Router:
         Raises:
             `RuntimeError`: If the selection was not called as it was when the router was found.
         """
-        if replayed_NK is None and self.ids_output is not None:
+        if replayed_NK is None and self.ids_output is not None and not torch.is_grad_enabled():
             output = forward(*args, **kwargs)
             return output, output[self.ids_output].detach().reshape(-1, self.top_k)
         selection = _Selection(self, replayed_NK, missing)
@@ -166,16 +172,14 @@ class _Selection:
                 f"{self.router.name} selects {call.top_k} of {call.columns} experts, but selected {self.router.top_k} "
                 f"of {self.router.num_experts} when it was found. Attach again after whatever changed the module."
             )
-        if self.replayed_NK is None:
-            result = func(*args, **kwargs)
-            self.live_NK = result[1].reshape(-1, self.router.top_k)
-            return result
+        # Values are gathered in either case: a recompute replays what its forward recorded, and non-reentrant
+        # checkpointing wants both to save the same tensors.
         with torch.no_grad():
             live = func(*args, **kwargs)[1]
             self.live_NK = live.reshape(-1, self.router.top_k)
-            replayed = self._replayed_like(live)
+            selected = live if self.replayed_NK is None else self._replayed_like(live)
         scores = self.watch.unmasked(call.scores)
-        return torch.return_types.topk((scores.gather(call.dim, replayed), replayed))
+        return torch.return_types.topk((scores.gather(call.dim, selected), selected))
 
     def _replayed_like(self, live: Tensor) -> Tensor:
         assert self.replayed_NK is not None
