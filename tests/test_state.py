@@ -160,7 +160,7 @@ def test_bad_records_are_refused_before_any_forward(qwen, ids):
     refused(damaged(0, 2, 0, [-2, 1]), "sample 0", "decoder layer 1", "row 2", "-2", "8")
     refused(damaged(1, 4, 1, [6, 6]), "sample 1", "decoder layer 3", "row 4", "expert 6", "2 ids")
     refused(damaged(1, 7, 1, [0, 0]), "sample 1", "decoder layer 3", "row 7")
-    refused(damaged(1, 7, 1, [-1, -1]), "sample 1", "decoder layer 1", "row 7", "2 of 4")
+    refused(damaged(1, 7, 1, [-1, -1]), "sample 1", "decoder layer 3", "row 7", "2 of 4")
     refused(damaged(1, 7, 1, [-1, 3]), "sample 1", "row 7", "1 of 4")
     refused(good[:, :-1], "2 x 11", "2 x 12")
     refused(torch.cat([good, good[:, :1]], 1), "2 x 13", "2 x 12")
