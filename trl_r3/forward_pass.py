@@ -41,7 +41,8 @@ class ForwardPass:
             return self._record(index, forward, args, kwargs)
         if self.replayed_NLK is None:
             return forward(*args, **kwargs)
-        replayed_NK = self.replayed_NLK[:, index]
+        device = next(value.device for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        replayed_NK = self.replayed_NLK[:, index].to(device)  # layers may be spread over devices
         output, live_NK = router.run(forward, args, kwargs, replayed_NK, self.shape.missing)
         if not self.closed:
             self._compare(live_NK, replayed_NK)
@@ -58,6 +59,7 @@ class ForwardPass:
     def _compare(self, live_NK: Tensor, replayed_NK: Tensor) -> None:
         same_NK = (live_NK[:, :, None] == replayed_NK[:, None, :]).any(-1)
         changed_N = ~same_NK.all(-1) & (replayed_NK[:, 0] != self.shape.missing)
+        changed_N = changed_N.to(self.replayed_NLK.device)  # type: ignore[union-attr]
         self.changed_routers = self.changed_routers + changed_N.sum()
         self.changed_N = changed_N if self.changed_N is None else self.changed_N | changed_N
 

@@ -19,7 +19,7 @@ from trl.trainer.utils import pad
 from ._compat import adapters_are_off
 from .generation import check_decoding
 from .metrics import extreme_token_frac, k3_kl
-from .rollout.capture import capture, rollout_of_fields
+from .rollout.capture import capture, rollout_of_func
 from .rollout.continuous_batching import recordable_config
 from .rollout.turns import RolloutRecord, ScoredBatch, Turn, slice_samples, stitch
 from .rollout.vllm_engine import capturing_vllm
@@ -66,7 +66,7 @@ class RoutingReplayMixin(_Trainer):
         self._last_compared: int | None = None
         config: Any = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
         self._use_replay = bool(getattr(config, "use_routing_replay", False))
-        with capturing_vllm(config) if self._use_replay and config.use_vllm else nullcontext():
+        with capturing_vllm(config) if self._use_replay and _captures_vllm(config) else nullcontext():
             super().__init__(*args, **kwargs)
         if self._use_replay:
             if config.torch_compile:
@@ -114,8 +114,14 @@ class RoutingReplayMixin(_Trainer):
     def _replays_now(self) -> bool:
         return self._use_replay and self.model.training
 
+    @property
+    def _captures(self) -> bool:
+        # R2 needs no routes of the rollout; where Transformers generates, the capture also gives the log-probabilities
+        by_transformers = not self.use_vllm and getattr(self, "rollout_func", None) is None
+        return self.args.routing_replay_mode == "R3" or by_transformers
+
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        if not self._replays_now:
+        if not self._replays_now or not self._captures:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with capture(self, self.routing_replay) as make_turn:
             generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -134,24 +140,36 @@ class RoutingReplayMixin(_Trainer):
 
         Returns:
             `tuple[Turn, list]`: The turn with its records (join turns with [`stitch`]), and the log-probabilities of
-            its sampled tokens.
+            its sampled tokens. In evaluation there are no records, and no log-probabilities where TRL has none.
         """
         completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, 1)
-        turn = self._turns.pop()
-        return turn, logprobs if logprobs is not None else [values.tolist() for values in turn.logprobs or ()]
+        turn = self._turns.pop() if self._turns else Turn(prompt_ids, completion_ids, [])
+        if logprobs is None and turn.logprobs is not None:
+            logprobs = [values.tolist() for values in turn.logprobs]
+        return turn, logprobs
 
     def _generate(self, prompts):
-        if not self._replays_now:
-            return super()._generate(prompts)
         self._turns = []
         try:
             output = super()._generate(prompts)
-            if getattr(self, "rollout_func", None) is None:
-                rollout = stitch(self._turns, output[0], output[1], self.routing_replay.shape)
+            fields = output[5] if getattr(self, "rollout_func", None) is not None else None
+            routes = None if fields is None else fields.pop("routed_experts", None)  # no business of reward functions
+            if not self._replays_now:
+                return output
+            shape = self.routing_replay.shape
+            if fields is None or not self._captures:
+                rollout = stitch(self._turns, output[0], output[1], shape)
             else:
-                rollout = rollout_of_fields(output[5], output[0], output[1], self.routing_replay.shape)
+                rollout = rollout_of_func(routes, output[0], output[1], shape)
         finally:
             self._turns = []
+        assert self._scoring is not None
+        self._scoring.known = rollout
+        if self._captures:
+            self._check_missing(rollout)
+        return output
+
+    def _check_missing(self, rollout: RolloutRecord) -> None:
         share, sample = rollout.missing_share(self.routing_replay.shape)
         if share > self.args.routing_replay_max_missing:
             raise RuntimeError(
@@ -159,9 +177,6 @@ class RoutingReplayMixin(_Trainer):
                 f"`routing_replay_max_missing` allows {self.args.routing_replay_max_missing:.2%}. Fix the rollout, or "
                 f"set `routing_replay_max_missing` to let these rows route live."
             )
-        assert self._scoring is not None
-        self._scoring.known = rollout
-        return output
 
     def _generate_and_score_completions(self, inputs):
         if not self._replays_now:
@@ -285,6 +300,10 @@ class RoutingReplayMixin(_Trainer):
         local = torch.tensor([float(part), float(whole)], device=self.accelerator.device)
         total_part, total_whole = self.accelerator.reduce(local, reduction="sum").tolist()
         self._metrics["train"][name].append(total_part / total_whole if total_whole else float("nan"))
+
+
+def _captures_vllm(config: Any) -> bool:
+    return config.use_vllm and config.routing_replay_mode == "R3"
 
 
 class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):

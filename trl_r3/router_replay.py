@@ -231,7 +231,7 @@ class RouterReplay:
                 "expected 4: (batch, tokens, layers, top_k)."
             )
         record = pack(select_moe_layers(routed_experts, self.shape), self.shape)
-        for sample, rows in enumerate(record):
+        for sample, rows in enumerate(record.cpu()):
             check_rows(rows, self.shape, sample=sample)
             if rows.shape[0] > 1 and bool(missing_rows(rows, self.shape).all()):
                 raise ValueError(
@@ -298,7 +298,8 @@ class RouterReplay:
             output = forward(*args, **kwargs)
         pass_.close()
         if self._recorded is not None:
-            selected_NLK = torch.stack([pass_.selected[i] for i in range(len(self._routers))], dim=1)
+            device = pass_.selected[0].device
+            selected_NLK = torch.stack([pass_.selected[i].to(device) for i in range(len(self._routers))], dim=1)
             selected = selected_NLK.to(self.shape.storage_dtype).unflatten(0, (batch_size, num_tokens))
             self._recorded.forwards.append(selected)
         if self._stats is not None and replayed_NLK is not None:

@@ -174,15 +174,15 @@ def _own_share(accelerator: Any, routes: list[np.ndarray] | None, count: int) ->
     return received[0]
 
 
-def rollout_of_fields(
-    fields: dict[str, Any], prompt_ids: Prompts, completion_ids: Prompts, shape: RoutingShape
+def rollout_of_func(
+    routes: Sequence[np.ndarray | Tensor] | None, prompt_ids: Prompts, completion_ids: Prompts, shape: RoutingShape
 ) -> RolloutRecord:
     """
-    Take the records out of what a `rollout_func` returned.
+    Check the records that a `rollout_func` returned.
 
     Args:
-        fields (`dict[str, Any]`):
-            Its extra fields; `routed_experts`, one array of `(T_i - 1, S, K)` a sample, is removed from them.
+        routes (sequence of `numpy.ndarray` or `torch.Tensor` of shape `(T_i - 1, S, K)`, *optional*):
+            Its field `routed_experts`: one array a sample.
         prompt_ids, completion_ids (sequence of `list[int]`):
             Tokens of each sample.
         shape ([`RoutingShape`]):
@@ -194,18 +194,16 @@ def rollout_of_fields(
     Raises:
         `ValueError`: If there are no records, or one of them does not belong to its tokens; it names the sample.
     """
-    arrays = fields.pop("routed_experts", None)
-    if arrays is None:
+    if routes is None:
         raise ValueError(
-            f"`rollout_func` returned {sorted(fields)} beside tokens and log-probabilities, but no `routed_experts`. "
-            f"Return a list with one array of (prompt + completion - 1, layers, top_k) expert ids a sample; "
-            f"`trainer.rollout_turn` records them. Or set `use_routing_replay=False`."
+            "`rollout_func` returned no `routed_experts`. Return a list with one array of (prompt + completion - 1, "
+            "layers, top_k) expert ids a sample; `trainer.rollout_turn` records them. Or set "
+            "`use_routing_replay=False`."
         )
-    if len(arrays) != len(prompt_ids):
+    if len(routes) != len(prompt_ids):
         raise ValueError(
-            f"`rollout_func` returned `routed_experts` of {len(arrays)} samples for {len(prompt_ids)} prompts. Return "
-            "one array a sample."
+            f"`rollout_func` returned `routed_experts` of {len(routes)} samples for {len(prompt_ids)} prompts. Return "
+            f"one array a sample."
         )
-    records = [to_record(ids, shape, sample) for sample, ids in enumerate(arrays)]
-    turn = Turn(prompt_ids, completion_ids, records)
-    return stitch([turn], prompt_ids, completion_ids, shape)
+    records = [to_record(ids, shape, sample) for sample, ids in enumerate(routes)]
+    return stitch([Turn(prompt_ids, completion_ids, records)], prompt_ids, completion_ids, shape)

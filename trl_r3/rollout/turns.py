@@ -90,7 +90,7 @@ def stitch(
             stitched[sample].add(turn, entry, _common_prefix(fed, sequences[sample]))
     lengths = [len(prompt) for prompt in prompt_ids]
     logprobs = None
-    if all(turn.logprobs is not None for turn in turns):
+    if turns and all(turn.logprobs is not None for turn in turns):
         logprobs = [joined.logprobs[length:] for joined, length in zip(stitched, lengths, strict=True)]
     return RolloutRecord(lengths, [joined.record for joined in stitched], logprobs)
 
