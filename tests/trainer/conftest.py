@@ -238,8 +238,10 @@ class Watching(GRPOTrainer):
         routes = torch.stack(
             [torch.cat([c.unflatten(0, (len(prompt_ids), -1)) for c in one.calls[n]], 1) for n in sorted(one.calls)], 2
         )
-        width = one.calls[min(one.calls)][0].shape[0] // len(prompt_ids)
-        logps = (torch.stack(one.logits, 1).double() / self.temperature).log_softmax(-1)  # (B, C, V)
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-max(map(len, prompt_ids)) // multiple) * multiple
+        sampling = one.logits[width - 1 - routes.shape[1] :]  # a prompt may be fed in several chunks
+        logps = (torch.stack(sampling, 1).double() / self.temperature).log_softmax(-1)  # (B, C, V)
         for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             rows = routes[i, width - len(prompt) : width + len(completion) - 1]
             sampled = logps[i, : len(completion)].gather(1, torch.tensor(completion)[:, None])[:, 0]
