@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .discovery import UnsupportedRouterError
 from .gating import masked_topk_gating
 from .generation import disable_routing_replay, enable_routing_replay
+from .router_check import UnsupportedRouterError
 from .router_replay import RouterReplay
 
 if TYPE_CHECKING:

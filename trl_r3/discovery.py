@@ -5,8 +5,7 @@ Legend: N tokens of the probe, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +16,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from ._compat import uses_kernels
 from .gated_router import GateFormula, with_gating_op
 from .gating import native_kernels
+from .router_check import UnsupportedRouterError, check_router, evaluating, refusal, same_ids
 from .selection import Router, TopKWatch
 
 _PROBE_BATCH, _PROBE_TOKENS = 2, 8
-
-
-class UnsupportedRouterError(ValueError):
-    """A model, or a router in it, whose selection cannot be replayed. The message names it and says what was seen."""
 
 
 @dataclass
@@ -101,25 +97,13 @@ def _gated(router: Router, trace: _Trace, gating: str, likely: GateFormula | Non
         return router
     gated = with_gating_op(router, args, kwargs, likely)
     if gated is None and gating == "op":
-        raise _refusal(router, "`masked_topk_gating` does not cover its gate. Set `gating='auto'`")
+        raise refusal(router, "`masked_topk_gating` does not cover its gate. Set `gating='auto'`")
     return gated or router
 
 
 def _is_experts(name: str) -> bool:
     # PEFT wraps the experts for `target_parameters`; the wrapper keeps the name and runs `base_layer`
     return name.rpartition(".")[2] == "experts"
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor], Tensor] | None = None) -> _Trace:
@@ -151,7 +135,7 @@ def _probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor
     # hooks of the models own classes run too; ours only watch
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, with_kwargs=True)]
     try:
-        with _evaluating(model), TopKWatch(on_topk):
+        with evaluating(model), TopKWatch(on_topk):
             _run_probe(model, embed)
     finally:
         for handle in handles:
@@ -231,18 +215,8 @@ def _noise_like(hidden: Tensor) -> Tensor:
 def _selecting(event: _Event, names: dict) -> _TopK | None:
     """The last top-k that the block itself made before its experts ran; attention may make some, too."""
     inside = [topk for topk in event.selections if (names[topk.module] + ".").startswith(event.block + ".")]
-    matching = [topk for topk in inside if any(_same_ids(ids, topk.ids) for ids in event.ids_args)]
+    matching = [topk for topk in inside if any(same_ids(ids, topk.ids) for ids in event.ids_args)]
     return next(reversed(matching or inside), None)
-
-
-def _same_ids(ids: Any, selected: Tensor) -> bool:
-    return (
-        torch.is_tensor(ids)
-        and not ids.is_floating_point()
-        and ids.numel() == selected.numel()
-        and ids.shape[-1:] == selected.shape[-1:]
-        and bool((ids.reshape(selected.shape) == selected).all())
-    )
 
 
 def _router_of(event: _Event, names: dict, trace: _Trace) -> Router:
@@ -257,7 +231,7 @@ def _router_of(event: _Event, names: dict, trace: _Trace) -> Router:
         )
     output = calls[0][2]
     outputs = output if isinstance(output, tuple) else ()
-    ids_output = next((i for i, value in enumerate(outputs) if _same_ids(value, topk.ids)), None)
+    ids_output = next((i for i, value in enumerate(outputs) if same_ids(value, topk.ids)), None)
     layer = _layer_path(name)
     return Router(name, topk.module, layer[1], topk.columns, topk.top_k, topk.call_index, ids_output)
 
@@ -295,62 +269,3 @@ def _check_uniform(model: nn.Module, routers: list[Router]) -> None:
                 f"{router.name} selects {router.top_k} of {router.num_experts} experts, but {first.name} selects "
                 f"{first.top_k} of {first.num_experts}. A record has one K and one E for all layers."
             )
-
-
-def check_router(router: Router, args: tuple, kwargs: dict[str, Any]) -> None:
-    """
-    Check on real inputs that replaying its own selection leaves a router's output as it is, bit for bit, and that a
-    foreign selection of every expert is executed as given.
-
-    Args:
-        router ([`Router`]):
-            The router.
-        args, kwargs:
-            Arguments that its forward was called with.
-
-    Raises:
-        [`UnsupportedRouterError`]: Naming the router and what was seen.
-    """
-
-    def run(replayed_NK: Tensor | None) -> tuple[Any, Tensor]:
-        cloned = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]  # some routers work in place
-        return router.run(router.module.forward, tuple(cloned), kwargs, replayed_NK, missing=-1)
-
-    with _evaluating(router.module):
-        output, own_NK = run(None)
-        replayed, _ = run(own_NK)
-        if router.ids_output is not None and not _equal_outputs(output, replayed):
-            raise _refusal(router, "its output changes when its own selection is replayed")
-        for foreign_NK in _foreign_selections(own_NK, router.num_experts):
-            output, live_NK = run(foreign_NK)
-            if not torch.equal(live_NK, own_NK):
-                raise _refusal(router, "its live selection depends on the replayed one")
-            if router.ids_output is not None and not _same_ids(output[router.ids_output], foreign_NK):
-                position = (output[router.ids_output].reshape(foreign_NK.shape) != foreign_NK).nonzero()[0]
-                got = int(output[router.ids_output].reshape(foreign_NK.shape)[tuple(position)])
-                raise _refusal(router, f"it turned the replayed expert {int(foreign_NK[tuple(position)])} into {got}")
-            if router.ids_output is None and _equal_outputs(output, replayed):
-                raise _refusal(router, "its output does not depend on the replayed selection")
-
-
-def _foreign_selections(own_NK: Tensor, num_experts: int) -> Iterator[Tensor]:
-    """Rows of distinct ids that name every expert at least once, each row other than the router's own."""
-    tokens, top_k = own_NK.shape
-    for start in range(0, num_experts, tokens * top_k):
-        ids = torch.arange(start, start + tokens * top_k, device=own_NK.device).reshape(tokens, top_k) % num_experts
-        yield ids.to(own_NK.dtype)
-
-
-def _equal_outputs(one: Any, other: Any) -> bool:
-    if torch.is_tensor(one):
-        return torch.equal(one, other)
-    if isinstance(one, (tuple, list)):
-        return all(_equal_outputs(a, b) for a, b in zip(one, other, strict=True))
-    return one == other
-
-
-def _refusal(router: Router, seen: str) -> UnsupportedRouterError:
-    return UnsupportedRouterError(
-        f"{router.name} ({type(router.module).__name__}, {router.top_k} of {router.num_experts} experts) cannot be "
-        f"replayed: {seen}."
-    )

@@ -6,7 +6,6 @@ sequences, L MoE layers, K experts per token, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import is_compiled
+from .decoding import SampledLogProbs, check_decoding, prompt_mask, routed_positions, setting, without_compile
 from .routed_experts import MISSING
 from .router_replay import RouterReplay
 
@@ -122,7 +121,7 @@ class _Surface:
         own = self.own_generate or partial(type(self.model).generate, self.model)  # type: ignore[attr-defined]
         if not output_routed_experts:
             return own(*args, **kwargs)
-        if not _setting(self.model, kwargs, "return_dict_in_generate"):
+        if not setting(self.model, kwargs, "return_dict_in_generate"):
             raise ValueError(
                 "`output_routed_experts=True` returns the routes beside the sequences, but `return_dict_in_generate` "
                 "is not set. Set `return_dict_in_generate=True`."
@@ -198,10 +197,10 @@ def generate_with_routes(
     """
     check_decoding(model, kwargs)
     lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    sampled = _SampledLogProbs(lm, temperature) if temperature is not None else None
+    sampled = SampledLogProbs(lm, temperature) if temperature is not None else None
     try:
         with replay.record() as recorded:
-            output = generate(*args, **_without_compile(kwargs))
+            output = generate(*args, **without_compile(kwargs))
     finally:
         if sampled is not None:
             sampled.remove()
@@ -222,140 +221,7 @@ def generate_with_routes(
     routes = recorded.routed_experts[:, : sequences.shape[1] - 1]
     routes = torch.cat([routes, routes.new_full((routes.shape[0], 1, *routes.shape[2:]), MISSING)], dim=1)
     if mask_after_end:
-        routed_BT = _routed_positions(model, sequences, width, _prompt_mask(model, prompt, kwargs), kwargs)
+        routed_BT = routed_positions(model, sequences, width, prompt_mask(model, prompt, kwargs), kwargs)
         routes = routes.masked_fill_(~routed_BT[:, :, None, None].to(routes.device), MISSING)
     logprobs = sampled.of(sequences, width) if sampled is not None else None
     return Rollout(output, sequences, width, routes, logprobs)
-
-
-def _without_compile(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A static cache would compile the forward, which then runs past the capture."""
-    config = kwargs.get("generation_config")
-    if config is None:
-        return {**kwargs, "disable_compile": True}
-    config = copy.copy(config)
-    config.disable_compile = True
-    return {**kwargs, "generation_config": config}
-
-
-def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """A generation setting as `generate` resolves it: argument, then given config, then the model's."""
-    for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)):
-        if value is not None:
-            return value
-    return getattr(model.generation_config, name, None)
-
-
-def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """
-    Refuse ways of decoding that reorder, reject or repeat tokens between forwards.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model that generates.
-        kwargs (`dict[str, Any]`):
-            Arguments of `generate`.
-
-    Raises:
-        `ValueError`: Naming the argument, the reason and what to set instead.
-    """
-
-    def refuse(what: str, reason: str, remedy: str) -> None:
-        raise ValueError(f"routes cannot be recorded with {what}: {reason}. Set {remedy} instead.")
-
-    if (_setting(model, kwargs, "num_beams") or 1) > 1:
-        beams = _setting(model, kwargs, "num_beams")
-        refuse(f"`num_beams={beams}`", "beam search reorders sequences between forwards", "`num_beams=1`")
-    drafts = any(_setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
-    if drafts or kwargs.get("assistant_model") is not None:
-        refuse(
-            "assisted decoding",
-            "it feeds draft tokens and rejects some of them",
-            "`assistant_model`, `prompt_lookup_num_tokens` and `assistant_early_exit` to None",
-        )
-    if (_setting(model, kwargs, "guidance_scale") or 1) != 1:
-        scale = _setting(model, kwargs, "guidance_scale")
-        refuse(f"`guidance_scale={scale}`", "it also feeds a second, unconditional stream", "`guidance_scale=None`")
-    if _setting(model, kwargs, "use_cache") is False:
-        refuse("`use_cache=False`", "every forward routes all tokens again", "`use_cache=True`")
-    if kwargs.get("custom_generate") is not None:
-        refuse("`custom_generate`", "its forwards are unknown", "`custom_generate=None`")
-    if _setting(model, kwargs, "cache_implementation") == "paged":
-        refuse("`cache_implementation='paged'`", "it batches requests continuously", "`cache_implementation=None`")
-    if kwargs.get("inputs_embeds") is not None:
-        refuse("`inputs_embeds`", "the returned sequences lack the prompt", "`input_ids`")
-    if is_compiled(model):
-        refuse("a compiled model", "it runs past the capture", "no `torch.compile`")
-
-
-def _prompt_mask(model: Any, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """(prompts, P) of `bool`: given, or inferred from padding by the rule that `generate` documents."""
-    if kwargs.get("attention_mask") is not None:
-        return kwargs["attention_mask"].bool()
-    pad, ends = _setting(model, kwargs, "pad_token_id"), _end_tokens(model, kwargs)
-    return prompt != pad if pad is not None and pad not in ends else torch.ones_like(prompt, dtype=torch.bool)
-
-
-def _end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    ends = _setting(model, kwargs, "eos_token_id")
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _routed_positions(
-    model: Any, sequences: Tensor, width: int, prompt_mask: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
-    """(B, T) of `bool`: real tokens of each sequence, but for its last one, which was sampled and not fed."""
-    repeats = sequences.shape[0] // prompt_mask.shape[0]
-    completion, ends = sequences[:, width:], _end_tokens(model, kwargs)
-    real = torch.ones_like(completion, dtype=torch.bool)
-    if ends and completion.shape[1]:
-        is_end = torch.isin(completion, torch.tensor(ends, device=completion.device))
-        real = is_end.int().cumsum(1) - is_end.int() == 0
-        pad = _setting(model, kwargs, "pad_token_id")
-        stops = kwargs.get("stopping_criteria") or any(
-            _setting(model, kwargs, s) for s in ("stop_strings", "max_time")
-        )
-        if stops and pad is not None and pad not in ends:  # what these end is filled up with padding
-            real &= (completion != pad).flip(1).int().cummax(1).values.flip(1).bool()
-    prompt = prompt_mask.repeat_interleave(repeats, 0).to(sequences.device)
-    real_BT = torch.cat([prompt, real], dim=1)
-    last = real_BT.shape[1] - 1 - real_BT.int().flip(1).argmax(1)
-    return real_BT.scatter(1, last[:, None], False)
-
-
-class _SampledLogProbs:
-    """Log-probabilities of sampled tokens, kept as (B,) a step: storing logits would take (B, T, V)."""
-
-    def __init__(self, lm: nn.Module, temperature: float):
-        self.temperature = temperature
-        self.logits: Tensor | None = None  # (B, V) of the last position so far
-        self.position = 0
-        self.values: dict[int, Tensor] = {}  # by position of the token
-        self.handles = [
-            lm.register_forward_pre_hook(self._before, with_kwargs=True),
-            lm.register_forward_hook(self._after),
-        ]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"]
-        self._score(ids[:, 0])
-        self.position += ids.shape[1]
-
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.logits = output.logits[:, -1].detach().float() / self.temperature
-
-    def _score(self, token: Tensor) -> None:
-        if self.logits is not None:
-            token = token.to(self.logits.device)
-            chosen = self.logits.gather(1, token[:, None])[:, 0]
-            self.values[self.position] = chosen - self.logits.logsumexp(1)
-
-    def of(self, sequences: Tensor, width: int) -> Tensor:
-        """(B, T - P): one value a completion token."""
-        if self.position == sequences.shape[1] - 1:
-            self._score(sequences[:, -1])
-        return torch.stack([self.values[position] for position in range(width, sequences.shape[1])], dim=1)

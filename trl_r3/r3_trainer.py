@@ -8,27 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad
 
 from ._compat import adapters_are_off
-from .generation import check_decoding
-from .metrics import extreme_token_frac, k3_kl
+from .decoding import check_decoding
+from .replay_log import ReplayLogMixin
 from .rollout.capture import capture, rollout_of_func
 from .rollout.continuous_batching import recordable_config
 from .rollout.turns import RolloutRecord, ScoredBatch, Turn, slice_samples, stitch
 from .rollout.vllm_engine import capturing_vllm
-from .router_replay import ReplayStats, RouterReplay
-
-if TYPE_CHECKING:
-    _Trainer = GRPOTrainer  # what the mixin calls with `super()`
-else:
-    _Trainer = object
+from .router_replay import RouterReplay
 
 
 @dataclass
@@ -46,7 +39,7 @@ class _Scoring:
         return self.known
 
 
-class RoutingReplayMixin(_Trainer):
+class RoutingReplayMixin(ReplayLogMixin):
     """
     Routing replay for a trainer of the GRPO family: a delta of the passes that generate and score.
 
@@ -54,16 +47,10 @@ class RoutingReplayMixin(_Trainer):
     replays; the reference policy, reward models and evaluation route live.
     """
 
-    if TYPE_CHECKING:  # what GRPOTrainer sets without annotating it
-        args: Any
-        model: Any
-        pad_to_multiple_of: Any
-
     def __init__(self, *args, **kwargs):
         self._attached_replay: RouterReplay | None = None
         self._turns: list[Turn] = []
         self._scoring: _Scoring | None = None
-        self._last_compared: int | None = None
         config: Any = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
         self._use_replay = bool(getattr(config, "use_routing_replay", False))
         with capturing_vllm(config) if self._use_replay and _captures_vllm(config) else nullcontext():
@@ -251,55 +238,6 @@ class RoutingReplayMixin(_Trainer):
         ]
         rollout.records = slice_samples(routes, prompt_width, rollout.prompt_lengths, completions)
         return result
-
-    def _compare_is_due(self) -> bool:
-        every, step = self.args.routing_replay_compare_every, self.state.global_step
-        due = every > 0 and (self._last_compared is None or step - self._last_compared >= every)
-        if due:
-            self._last_compared = step
-        return due
-
-    def _score_live(self, output: dict[str, Any]) -> Tensor:
-        input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            return self._get_per_token_logps_and_entropies(
-                self.model,
-                input_ids,
-                attention_mask,
-                output["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-            )[0]
-
-    def _padded_like(self, logprobs: list[Tensor], completion_ids: Tensor) -> Tensor:
-        padded = pad(logprobs, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
-        return padded.to(completion_ids.device)
-
-    def _log_mismatch(self, batch: dict[str, Any], train_logprobs: Tensor | None, prefix: str = "sampling") -> None:
-        """Log rollout against training, at weights that have not changed since the rollout."""
-        rollout_logprobs = batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
-        if train_logprobs is None or rollout_logprobs is None:
-            return
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        count = (mask.bool() & ~rollout_logprobs.isnan()).sum()
-        for name, measure in (("k3_kl", k3_kl), ("extreme_token_frac", extreme_token_frac)):
-            total = (measure(train_logprobs, rollout_logprobs, mask) * count).nan_to_num()
-            self._log_share(f"{prefix}/{name}", total, count)
-
-    def _log_replay(self, stats: ReplayStats, rollout: RolloutRecord) -> None:
-        """Log how much was replayed, and how far live routing has moved from the record."""
-        rows = sum(record.shape[0] for record in rollout.records)
-        routers = stats.recorded_tokens * len(self.routing_replay.moe_layers)
-        self._log_share("routing_replay/replayed_frac", stats.recorded_tokens, rows)
-        self._log_share("routing_replay/missing_frac", rows - stats.recorded_tokens, rows)
-        self._log_share("routing_replay/changed_router_frac", stats.changed_routers, routers)
-        self._log_share("routing_replay/changed_token_frac", stats.changed_tokens, stats.recorded_tokens)
-
-    def _log_share(self, name: str, part: Tensor | int, whole: Tensor | int) -> None:
-        """Log part / whole over all processes. Without a whole there is nothing to log."""
-        local = torch.tensor([float(part), float(whole)], device=self.accelerator.device)
-        total_part, total_whole = self.accelerator.reduce(local, reduction="sum").tolist()
-        self._metrics["train"][name].append(total_part / total_whole if total_whole else float("nan"))
 
 
 def _captures_vllm(config: Any) -> bool:

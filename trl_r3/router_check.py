@@ -1,0 +1,100 @@
+"""Check that a router can be replayed, on inputs that its model gave it.
+
+Legend: N tokens of the probe, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .selection import Router
+
+
+class UnsupportedRouterError(ValueError):
+    """A model, or a router in it, whose selection cannot be replayed. The message names it and says what was seen."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_router(router: Router, args: tuple, kwargs: dict[str, Any]) -> None:
+    """
+    Check on real inputs that replaying its own selection leaves a router's output as it is, bit for bit, and that a
+    foreign selection of every expert is executed as given.
+
+    Args:
+        router ([`Router`]):
+            The router.
+        args, kwargs:
+            Arguments that its forward was called with.
+
+    Raises:
+        [`UnsupportedRouterError`]: Naming the router and what was seen.
+    """
+
+    def run(replayed_NK: Tensor | None) -> tuple[Any, Tensor]:
+        cloned = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]  # some routers work in place
+        return router.run(router.module.forward, tuple(cloned), kwargs, replayed_NK, missing=-1)
+
+    with evaluating(router.module):
+        output, own_NK = run(None)
+        replayed, _ = run(own_NK)
+        if router.ids_output is not None and not _equal_outputs(output, replayed):
+            raise refusal(router, "its output changes when its own selection is replayed")
+        for foreign_NK in _foreign_selections(own_NK, router.num_experts):
+            output, live_NK = run(foreign_NK)
+            if not torch.equal(live_NK, own_NK):
+                raise refusal(router, "its live selection depends on the replayed one")
+            if router.ids_output is not None and not same_ids(output[router.ids_output], foreign_NK):
+                position = (output[router.ids_output].reshape(foreign_NK.shape) != foreign_NK).nonzero()[0]
+                got = int(output[router.ids_output].reshape(foreign_NK.shape)[tuple(position)])
+                raise refusal(router, f"it turned the replayed expert {int(foreign_NK[tuple(position)])} into {got}")
+            if router.ids_output is None and _equal_outputs(output, replayed):
+                raise refusal(router, "its output does not depend on the replayed selection")
+
+
+def _foreign_selections(own_NK: Tensor, num_experts: int) -> Iterator[Tensor]:
+    """Rows of distinct ids that name every expert at least once, each row other than the router's own."""
+    tokens, top_k = own_NK.shape
+    for start in range(0, num_experts, tokens * top_k):
+        ids = torch.arange(start, start + tokens * top_k, device=own_NK.device).reshape(tokens, top_k) % num_experts
+        yield ids.to(own_NK.dtype)
+
+
+def _equal_outputs(one: Any, other: Any) -> bool:
+    if torch.is_tensor(one):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return all(_equal_outputs(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def refusal(router: Router, seen: str) -> UnsupportedRouterError:
+    return UnsupportedRouterError(
+        f"{router.name} ({type(router.module).__name__}, {router.top_k} of {router.num_experts} experts) cannot be "
+        f"replayed: {seen}."
+    )
+
+
+def same_ids(ids: Any, selected: Tensor) -> bool:
+    return (
+        torch.is_tensor(ids)
+        and not ids.is_floating_point()
+        and ids.numel() == selected.numel()
+        and ids.shape[-1:] == selected.shape[-1:]
+        and bool((ids.reshape(selected.shape) == selected).all())
+    )
