@@ -1,5 +1,6 @@
 """The op as PyTorch sees it: schema and fakes, torch.compile, layouts, bad input."""
 
+import shutil
 import subprocess
 import sys
 
@@ -36,15 +37,20 @@ def test_opcheck(case):
     torch.library.opcheck(torch.ops.trl_r3.gating_backward.default, (weights, arguments[0], ids, *formula))
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_compiles_into_one_graph(score):
+@pytest.mark.parametrize(
+    ("score", "backend"), [("softmax", "aot_eager"), ("sigmoid", "aot_eager"), ("softmax", "inductor")]
+)
+def test_compiles_into_one_graph(score, backend):
+    if backend == "inductor" and shutil.which("c++") is None:
+        pytest.skip("inductor needs a C++ compiler (c++), which is not on this machine")
+    torch.compiler.reset()
     case = Case()
 
     def step(logits, recorded):
         out = masked_topk_gating(logits * 2, 4, recorded, score=score)
         return out.weights.square().sum(), out.expert_ids, out.stats
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for num_tokens in (24, 17):
         results = []
         for run in (step, compiled):

@@ -217,9 +217,12 @@ GATING_FN void write_weights(Lane lane, const Logit* x, const Formula<T>& formul
   T total = 0;
   for (int s = lane.id(); s < select.top_k; s += Lane::size) {
     const T logit = widen(x[scratch.id[s]]);
-    scratch.value[s] = lone ? lone_score(formula.score, logit) : over.probability(logit);
-    total += scratch.value[s];
+    scratch.value[s] = lone ? lone_score(formula.score, logit) : logit;
   }
+  if (!lone) {
+    for (int s = lane.id(); s < select.top_k; s += Lane::size) scratch.value[s] = over.probability(scratch.value[s]);
+  }
+  for (int s = lane.id(); s < select.top_k; s += Lane::size) total += scratch.value[s];
   T divisor = 1;
   if (over_chosen) {
     divisor = lane.sum(total) * (formula.renormalize ? T(1) + formula.eps : T(1));

@@ -16,7 +16,7 @@
 namespace gating {
 namespace {
 
-constexpr int64_t kGrain = 256;  // rows a thread takes at least
+constexpr int64_t kGrain = 64;  // rows a thread takes at least
 
 struct Alone {
   static constexpr int size = 1;
