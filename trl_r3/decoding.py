@@ -52,12 +52,14 @@ def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
     if (setting(model, kwargs, "num_beams") or 1) > 1:
         beams = setting(model, kwargs, "num_beams")
         refuse(f"`num_beams={beams}`", "beam search reorders sequences between forwards", "`num_beams=1`")
-    drafts = any(setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit"))
+    drafts = any(
+        setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    )
     if drafts or kwargs.get("assistant_model") is not None:
         refuse(
             "assisted decoding",
             "it feeds draft tokens and rejects some of them",
-            "`assistant_model`, `prompt_lookup_num_tokens` and `assistant_early_exit` to None",
+            "`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit` and `use_mtp` to None",
         )
     if (setting(model, kwargs, "guidance_scale") or 1) != 1:
         scale = setting(model, kwargs, "guidance_scale")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .decoding import SampledLogProbs, check_decoding, prompt_mask, routed_positions, setting, without_compile
 from .routed_experts import MISSING
-from .router_replay import RouterReplay
+from .router_replay import RecordedRoutes, RouterReplay
 
 
 def enable_routing_replay(model: nn.Module) -> RouterReplay:
@@ -209,15 +209,7 @@ def generate_with_routes(
         a for a in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids")) if a is not None
     )
     width = prompt.shape[1]
-    fed = sum(forward.shape[1] for forward in recorded.forwards)
-    lengths = [forward.shape[1] for forward in recorded.forwards]
-    decoding = lengths[next(i for i in range(len(lengths)) if sum(lengths[: i + 1]) >= min(width, fed)) + 1 :]
-    if fed < sequences.shape[1] - 1 or any(length != 1 for length in decoding):
-        raise RuntimeError(
-            f"`generate` fed {fed} tokens in {len(lengths)} forwards for sequences of {sequences.shape[1]} tokens "
-            f"with a prompt of {width}: its cache was off, or held a part of the prompt. Set `use_cache=True`, pass "
-            "no `past_key_values`, and disable gradient checkpointing while generating."
-        )
+    _check_fed(recorded, sequences, width)
     routes = recorded.routed_experts[:, : sequences.shape[1] - 1]
     routes = torch.cat([routes, routes.new_full((routes.shape[0], 1, *routes.shape[2:]), MISSING)], dim=1)
     if mask_after_end:
@@ -225,3 +217,24 @@ def generate_with_routes(
         routes = routes.masked_fill_(~routed_BT[:, :, None, None].to(routes.device), MISSING)
     logprobs = sampled.of(sequences, width) if sampled is not None else None
     return Rollout(output, sequences, width, routes, logprobs)
+
+
+def _check_fed(recorded: RecordedRoutes, sequences: Tensor, width: int) -> None:
+    """
+    Refuse routes of other tokens than those returned. Forwards beyond the end do no harm: `generate` may stop late.
+    """
+    num_rows = sequences.shape[1] - 1
+    fed = sum(forward.shape[1] for forward in recorded.forwards)
+    known = [tokens for tokens in recorded.tokens if tokens is not None]
+    if len(known) == len(recorded.forwards):
+        tokens = torch.cat(known, dim=1)[:, :num_rows]
+        same = torch.equal(tokens, sequences[:, :num_rows].to(tokens.device))
+    else:
+        same = fed == num_rows  # a vision-language model feeds embeddings
+    if not same:
+        raise RuntimeError(
+            f"`generate` fed {fed} tokens in {len(recorded.forwards)} forwards, but not the first {num_rows} tokens "
+            f"of the sequences one after the other (prompt of {width}): its cache was off or held a part of the "
+            "prompt, or something else called the model meanwhile. Set `use_cache=True`, pass no `past_key_values`, "
+            "disable gradient checkpointing while generating, and use no logits processor that calls the model."
+        )

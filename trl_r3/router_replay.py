@@ -35,6 +35,7 @@ class RecordedRoutes:
 
     shape: RoutingShape
     forwards: list[Tensor] = field(default_factory=list)  # packed (B, T_i, L, K)
+    tokens: list[Tensor | None] = field(default_factory=list)  # (B, T_i), where the forward was given input ids
 
     @property
     def routed_experts(self) -> Tensor:
@@ -302,6 +303,7 @@ class RouterReplay:
             selected_NLK = torch.stack([pass_.selected[i].to(device) for i in range(len(self._routers))], dim=1)
             selected = selected_NLK.to(self.shape.storage_dtype).unflatten(0, (batch_size, num_tokens))
             self._recorded.forwards.append(selected)
+            self._recorded.tokens.append(None if tokens is None else tokens.clone())  # a view would keep its base
         if self._stats is not None and replayed_NLK is not None:
             self._count(self._stats, pass_, replayed_NLK)
         return output

@@ -34,6 +34,7 @@ class RecordedBatches:
                 Request, position of its first token and number of its tokens, in the order they are packed.
         """
         packed = self._recorded.forwards.pop()[0]
+        self._recorded.tokens.clear()
         expected = sum(count for _, _, count in fed)
         if self._recorded.forwards or packed.shape[0] != expected:
             raise RuntimeError(
