@@ -243,6 +243,20 @@ def test_own_record_is_bit_identical(model, ids, dtype):
     assert not torch.equal(logits, before.logits) and len(differing(grads, live)) > len(live) / 2 and changed > 0
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@torch.no_grad()
+def test_implementations_of_experts(model, ids, implementation):
+    model.set_experts_implementation(implementation)
+    live = model(ids).logits
+    replay = RouterReplay(model)
+    with replay.replay(record_of(model, replay, ids)):
+        assert torch.equal(model(ids).logits, live)
+    record = foreign_record(replay, *ids.shape)
+    with executed_ids(model) as seen, replay.replay(record):
+        assert not torch.equal(model(ids).logits, live)
+    assert torch.equal(stacked(seen, 2), record)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
 @pytest.mark.parametrize("layout", ["MoE layers", "decoder layers"])
 @torch.no_grad()
