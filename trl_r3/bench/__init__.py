@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .costs import generation_cost, storage, training_cost
 from .fidelity import mismatch, own_record
+from .records import record_making
 from .setup import BenchSettings, Finding
 
 __all__ = ["BenchSettings", "Finding", "main"]
@@ -46,6 +47,7 @@ def main(output: Path | None, settings: BenchSettings | None = None, threads: in
         storage,
         mismatch,
         own_record,
+        record_making,
     ]
     findings: list[Finding] = []
     with _threads(threads), console.status("") as status:

@@ -32,6 +32,8 @@ class BenchSettings:
             Number of measurements with and without.
         scored (`int`):
             Sequences of the mismatch.
+        rollout_samples, rollout_tokens (`int`):
+            Completions and tokens of the rollout whose records are made.
     """
 
     hidden_size: int = 256
@@ -45,6 +47,8 @@ class BenchSettings:
     new_tokens: int = 32
     pairs: int = 15
     scored: int = 32
+    rollout_samples: int = 64
+    rollout_tokens: int = 1024
 
 
 @dataclass
