@@ -268,8 +268,8 @@ def test_training_twice(qwen3, build, check):
 
 def oracle(model):
     """
-    Lets the routers of a rollout spell its tokens: token t is routed to experts t % 8 and 8 + t // 8 of layer 0, and to
-    three further back with every layer. Those that train choose three further back still.
+    Lets the routers of a rollout spell its tokens: token t is routed to experts t % 8 and 8 + t // 8 of layer 0, and
+    to three further back with every layer. Those that train choose three further back still.
     """
     with torch.no_grad():
         codes = torch.arange(96)

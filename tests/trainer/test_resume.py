@@ -81,39 +81,41 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
 
-mode, folder = sys.argv[1:]
+folder = sys.argv[1]
 torch.set_num_threads(1)
-torch.manual_seed(0)
-model = Qwen3MoeForCausalLM(
-    Qwen3MoeConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=16, num_experts_per_tok=4,
-        mlp_only_layers=[1], norm_topk_prob=True, initializer_range=0.2, eos_token_id=1, pad_token_id=0,
-    )
-)
 tokenizer = Tokenizer(
     models.WordLevel({"<pad>": 0, "<eos>": 1, **{chr(31 + i): i for i in range(2, 96)}}, unk_token="!")
 )
 tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-executed = {}
 
 
-def note(layer, args):
-    executed.setdefault(layer, []).append(next(arg for arg in args if not arg.is_floating_point()).tolist())
-
-
-for layer in (0, 2):
-    experts = model.model.layers[layer].mlp.experts
-    experts.register_forward_pre_hook(lambda module, args, layer=layer: note(layer, args))
+def make_model():
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=16, num_experts_per_tok=4,
+            mlp_only_layers=[1], norm_topk_prob=True, initializer_range=0.2, eos_token_id=1, pad_token_id=0,
+        )
+    )
 
 
 class Noting(R3GRPOTrainer):
-    passes = []
+    def __init__(self, model, **kwargs):
+        self.passes, self.executed = [], {}
+        super().__init__(model, **kwargs)
+        for layer in (0, 2):
+            experts = model.model.layers[layer].mlp.experts
+            experts.register_forward_pre_hook(lambda module, args, layer=layer: self._note(layer, args))
+
+    def _note(self, layer, args):
+        ids = next(arg for arg in args if not arg.is_floating_point())
+        self.executed.setdefault(layer, []).append(ids.tolist())
 
     def _noted(self, name, function, *args, **kwargs):
-        executed.clear()
+        self.executed = {}
         result = function(*args, **kwargs)
-        self.passes.append({"name": name, "executed": dict(executed)})
+        self.passes.append({"name": name, "executed": self.executed})
         return result
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -128,47 +130,56 @@ class Noting(R3GRPOTrainer):
         return scored
 
 
-trainer = Noting(
-    model=model,
-    args=R3GRPOConfig(
-        folder, use_cpu=True, bf16=False, per_device_train_batch_size=2, num_generations=4, num_iterations=2,
-        max_completion_length=6, max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[],
-        disable_tqdm=True, use_routing_replay=True, routing_replay_mode=mode, routing_replay_compare_every=1,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        generation_kwargs={"sequence_bias": [[[1], 2.0]], "suppress_tokens": [0]},
-    ),
-    reward_funcs=lambda completions, **kwargs: [len(set(text)) + 0.1 * i for i, text in enumerate(completions)],
-    train_dataset=Dataset.from_dict({"prompt": ["1+2=", "abcdefg", "x", "hello"] * 4}),
-    processing_class=PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="!", padding_side="left"
-    ),
-)
-assert trainer.accelerator.num_processes == 2
-trainer.train()
-assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [""]
-rank = trainer.accelerator.process_index
-norm = sum(weight.double().pow(2).sum() for weight in model.parameters()).item()
-with open(f"{folder}/rank{rank}.json", "w") as file:
-    json.dump({"passes": trainer.passes, "log": trainer.state.log_history, "norm": norm}, file)
+def run(mode):
+    model = make_model()
+    trainer = Noting(
+        model,
+        args=R3GRPOConfig(
+            folder, use_cpu=True, bf16=False, per_device_train_batch_size=2, num_generations=4, num_iterations=2,
+            max_completion_length=6, max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no",
+            report_to=[], disable_tqdm=True, use_routing_replay=True, routing_replay_mode=mode,
+            routing_replay_compare_every=1, gradient_checkpointing_kwargs={"use_reentrant": False},
+            generation_kwargs={"sequence_bias": [[[1], 2.0]], "suppress_tokens": [0]},
+        ),
+        reward_funcs=lambda completions, **kwargs: [len(set(text)) + 0.1 * i for i, text in enumerate(completions)],
+        train_dataset=Dataset.from_dict({"prompt": ["1+2=", "abcdefg", "x", "hello"] * 4}),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="!", padding_side="left"
+        ),
+    )
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [""]
+    norm = sum(weight.double().pow(2).sum() for weight in model.parameters()).item()
+    with open(f"{folder}/{mode}-rank{trainer.accelerator.process_index}.json", "w") as file:
+        json.dump({"passes": trainer.passes, "log": trainer.state.log_history, "norm": norm}, file)
+
+
+for mode in ("R3", "R2"):
+    run(mode)
 """
 
 
-@pytest.fixture(scope="module", params=["R3", "R2"])
-def two_processes(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """A folder with what two processes have done."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "run.py").write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trl_r3.__file__).parents[1])}
     done = subprocess.run(
-        [*launch, str(folder / "run.py"), request.param, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*launch, str(folder / "run.py"), str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return request.param, ranks
+    return folder
+
+
+@pytest.fixture(params=["R3", "R2"])
+def two_processes(request, launched):
+    """The mode, and what each rank wrote."""
+    return request.param, [
+        json.loads((launched / f"{request.param}-rank{rank}.json").read_text()) for rank in range(2)
+    ]
 
 
 def rows_of(one, batch_size):
