@@ -197,9 +197,10 @@ def test_recording_forward_recomputes_its_own_selection(model, ids, kind):
         if name.endswith("gate.weight"):  # so that a live recompute would select otherwise
             p.data = torch.randn_like(p)
     with executed_ids(model) as again:
+        loss.backward(retain_graph=True)
         loss.backward()
     assert torch.equal(as_sets(stacked(seen, 2)), as_sets(record))
-    assert torch.equal(as_sets(stacked(again, 2)), as_sets(record))
+    assert all(torch.equal(as_sets(stacked(again, 2, call)), as_sets(record)) for call in (0, 1))
     assert changed_rows(live_record(model, replay, ids), record).any()
 
 
