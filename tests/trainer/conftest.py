@@ -49,11 +49,6 @@ def make_tokenizer():
 
 
 @pytest.fixture
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture
 def qwen3():
     """Builds a Qwen3-MoE with a dense layer between its MoE layers."""
 
@@ -464,4 +459,4 @@ class Check:
 @pytest.fixture
 def tools():
     """The helpers above, for tests that need them one by one."""
-    return {f.__name__: f for f in (executed_ids, experts_of, instance_forwards, layer_of, same_sets, make_tokenizer)}
+    return {f.__name__: f for f in (executed_ids, instance_forwards, same_sets, make_tokenizer)}
