@@ -127,7 +127,12 @@ def wrong_rows(executed: Tensor, expected: Tensor) -> int:
     return int((as_sets(executed) != as_sets(expected)).any(-1).sum())
 
 
-def assert_replayed(trainer: Watched, expected: dict[int, list[tuple[Sequence[int], Tensor]]]) -> int:
+def assert_replayed(
+    trainer: Watched,
+    expected: dict[int, list[tuple[Sequence[int], Tensor]]],
+    *,
+    truncated_are_masked: bool = False,
+) -> int:
     """
     Every update executed exactly the expected rows.
 
@@ -136,6 +141,8 @@ def assert_replayed(trainer: Watched, expected: dict[int, list[tuple[Sequence[in
             After training.
         expected (`dict`):
             By step of the rollout, tokens and rows `(T - 1, L, K)` of each of its samples.
+        truncated_are_masked (`bool`, *optional*, defaults to `False`):
+            Whether the trainer hides completions from the model, so that only the prompt of a sample is seen.
 
     Returns:
         `int`: Number of (row, layer) pairs that were compared.
@@ -143,13 +150,15 @@ def assert_replayed(trainer: Watched, expected: dict[int, list[tuple[Sequence[in
     compared = 0
     for one in trainer.updates:
         rollout = max(step for step in expected if step <= one.step)
-        candidates: dict[tuple[int, ...], list[Tensor]] = {}
-        for tokens, rows in expected[rollout]:
-            candidates.setdefault(tuple(tokens), []).append(rows)
         for tokens, executed in one.samples():
-            assert tokens in candidates, f"step {one.step} trains on {tokens}, which no rollout made"
+            candidates = [
+                rows[: len(tokens) - 1]
+                for fed, rows in expected[rollout]
+                if tokens == (tuple(fed)[: len(tokens)] if truncated_are_masked else tuple(fed))
+            ]
+            assert candidates, f"step {one.step} trains on {tokens}, which no rollout made"
             # samples of the same tokens may have been computed with other neighbours
-            wrong = min(wrong_rows(executed, rows) for rows in candidates[tokens])
+            wrong = min(wrong_rows(executed, rows) for rows in candidates)
             assert wrong == 0, f"step {one.step}: {wrong} of {executed[..., 0].numel()} pairs of row and layer differ"
             compared += executed[..., 0].numel()
     assert compared, "no update was watched"

@@ -1,0 +1,366 @@
+"""
+GRPO with replay on a real engine: what every update executed, against the engine's record and a Transformers forward.
+
+Legend: P prompt tokens, C completion tokens, T = P + C, D decoder layers, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cpu_engine
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from rollout.tiny_chat import VOCAB, WatchedGRPO, conversations, make_tokenizer, make_trainer
+from rollout.watch import assert_nothing_missing, assert_replayed, wrong_rows
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = Dataset.from_dict({"prompt": ["t30 t31 t32", "t40", "t50 t51 t52 t53 t54", "t60 t61"]})
+Record = tuple[tuple[int, ...], np.ndarray]  # prompt and completion, rows (T - 1, D, K)
+
+
+class Engines:
+    """Engines by folder and dtype, started once: a trainer gives its own weights to the one it is handed."""
+
+    def __init__(self) -> None:
+        self.running: dict[tuple, Any] = {}
+        self.records: list[Record] = []  # of all calls since it was last emptied
+        self.captures = False  # whether the last trainer asked for routes
+
+    def starter(self, dtype: str, checkpoint_names: Callable | None = None) -> Callable:
+        def start(model: str, **kwargs: Any) -> Any:
+            self.captures = kwargs.pop("enable_return_routed_experts", False)
+            key = (model, dtype)
+            if key not in self.running:
+                llm = cpu_engine.cpu_llm(model, dtype=dtype, enable_return_routed_experts=True, **kwargs)
+                if checkpoint_names is not None:
+                    rename_weights(llm, checkpoint_names)
+                own_generate = llm.generate
+
+                def generate(*args: Any, **kwargs: Any) -> Any:
+                    outputs = own_generate(*args, **kwargs)
+                    for output in outputs:
+                        for each in output.outputs:
+                            tokens = (*output.prompt_token_ids, *each.token_ids)
+                            self.records.append((tokens, each.routed_experts.copy()))
+                    return outputs
+
+                llm.generate = generate
+                self.running[key] = llm
+            return self.running[key]
+
+        return start
+
+    def close(self) -> None:
+        for llm in self.running.values():
+            cpu_engine.close(llm)
+
+
+def rename_weights(llm: Any, checkpoint_names: Callable) -> None:
+    """Pass weights of the trainer on under other names; the stand-in sets its `load_weights` again at each reset."""
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    collect, reset = model.load_weights, llm.reset_prefix_cache
+
+    def load_weights(weights: Any) -> set[str]:
+        return collect(checkpoint_names(weights))
+
+    def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
+        model.load_weights = collect
+        result = reset(*args, **kwargs)
+        model.load_weights = load_weights
+        return result
+
+    model.load_weights = load_weights
+    llm.reset_prefix_cache = reset_prefix_cache
+
+
+def mixtral_checkpoint_names(weights: Any) -> Any:
+    """vLLM's Mixtral knows the names of the checkpoint only, TRL sends those that Transformers 5 gives the modules."""
+    for name, tensor in weights:
+        before, _, after = name.partition(".mlp.")
+        if after == "gate.weight":
+            yield f"{before}.block_sparse_moe.{after}", tensor
+        elif after == "experts.gate_up_proj":
+            for expert, gate_up in enumerate(tensor):
+                for part, half in zip(("w1", "w3"), gate_up.chunk(2), strict=True):
+                    yield f"{before}.block_sparse_moe.experts.{expert}.{part}.weight", half
+        elif after == "experts.down_proj":
+            for expert, down in enumerate(tensor):
+                yield f"{before}.block_sparse_moe.experts.{expert}.w2.weight", down
+        else:
+            yield name, tensor
+
+
+@pytest.fixture(scope="module")
+def engines():
+    engines = Engines()
+    yield engines
+    engines.close()
+
+
+@pytest.fixture
+def colocate(engines, monkeypatch):
+    """Settings of a trainer whose engine runs in this process, in the given precision."""
+    from trl.generation import vllm_generation
+
+    def settings(dtype: str = "float32", checkpoint_names: Callable | None = None) -> dict[str, Any]:
+        monkeypatch.setattr(vllm_generation, "LLM", engines.starter(dtype, checkpoint_names))
+        engines.records.clear()
+        return {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256}
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def chat_folder(model_folder, tmp_path_factory):
+    """The model with a tokenizer that calls tools; token ids are the same."""
+    folder = tmp_path_factory.mktemp("chat")
+    for file in model_folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make(tmp_path, folder, dataset: Dataset = PROMPTS, **settings: Any) -> WatchedGRPO:
+    settings = {"model_init_kwargs": {"dtype": "float32"}, "processing_class": make_tokenizer(), **settings}
+    defaults = {"max_completion_length": 16, "per_device_train_batch_size": 8, "num_generations": 2}
+    return make_trainer(tmp_path, dataset, model=str(folder), **{**defaults, **settings})
+
+
+def moe_rows(ids: np.ndarray, dense: Sequence[int] = (1,)) -> torch.Tensor:
+    """(T - 1, L, K) of the engine's (T - 1, D, K)."""
+    return torch.from_numpy(np.delete(ids.astype(np.int64), list(dense), axis=1))
+
+
+def by_step(trainer: WatchedGRPO, records: list[Record], dense: Sequence[int] = (1,)) -> dict[int, list]:
+    """The engine's records, by step of the rollout: it was called once for each turn that was watched."""
+    expected: dict[int, list] = {}
+    records = list(records)
+    for turn in trainer.turns:
+        count = len(turn.prompt_ids)
+        mine, records = records[:count], records[count:]
+        sampled = {(*p, *c) for p, c in zip(turn.prompt_ids, turn.completion_ids, strict=True)}
+        assert {tokens for tokens, _ in mine} == sampled
+        expected.setdefault(turn.step, []).extend((tokens, moe_rows(ids, dense)) for tokens, ids in mine)
+    assert not records
+    return expected
+
+
+def assert_rows_are_those_of_a_forward(trainer: WatchedGRPO) -> None:
+    wrong = pairs = 0
+    for one in trainer.updates:
+        turn = max((turn for turn in trainer.turns if turn.step <= one.step), key=lambda turn: turn.step)
+        for tokens, rows in one.samples():
+            wrong += wrong_rows(rows, trainer.live_rows(tokens, turn.weights))
+            pairs += rows[..., 0].numel()
+    assert wrong == 0, f"{wrong} of {pairs} pairs of row and layer differ from a Transformers forward"
+
+
+def train_and_check(trainer: WatchedGRPO, records: list[Record], steps: int = 2, dense: Sequence[int] = (1,)) -> None:
+    before = trainer._weights()
+    trainer.train()
+    assert any(not torch.equal(before[name], now) for name, now in trainer._weights().items()), "no weight moved"
+    masked = trainer.args.mask_truncated_completions
+    assert_replayed(trainer, by_step(trainer, records, dense), truncated_are_masked=masked)
+    assert_rows_are_those_of_a_forward(trainer)
+    assert_nothing_missing(trainer, steps)
+    assert all(np.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_colocate(tmp_path, model_folder, engines, colocate):
+    trainer = make(tmp_path, model_folder, max_steps=3, routing_replay_compare_every=1, **colocate())
+    assert engines.captures, "the trainer did not switch on the capture"
+    train_and_check(trainer, engines.records, steps=3)
+    logs = [log for log in trainer.state.log_history if "sampling/k3_kl" in log]
+    assert len(logs) == 3 and all(log["sampling/k3_kl"] < 1e-9 and "sampling/live/k3_kl" in log for log in logs)
+
+
+def test_updates_after_the_first_replay_the_same_record(tmp_path, model_folder, engines, colocate):
+    trainer = make(tmp_path, model_folder, max_steps=4, num_iterations=2, learning_rate=3e-2, **colocate())
+    train_and_check(trainer, engines.records, steps=4)
+    last = trainer.updates[-1]
+    changed = sum(wrong_rows(rows, trainer.live_rows(tokens, last.weights)) for tokens, rows in last.samples())
+    assert changed > 20, "live routing still agrees with the record, so replay shows nothing"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vllm_importance_sampling_mode": "token_truncate"},
+        {"vllm_importance_sampling_mode": "token_mask"},
+        {"vllm_importance_sampling_mode": "sequence_truncate"},
+        {"vllm_importance_sampling_mode": "sequence_mask"},
+        {"vllm_importance_sampling_correction": False},
+        {"importance_sampling_level": "sequence"},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "dapo", "mask_truncated_completions": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_corrections_and_losses_run_with_replay(tmp_path, model_folder, engines, colocate, settings):
+    generation = {"generation_kwargs": {"logit_bias": {cpu_engine.EOS: 3.0}}}
+    trainer = make(tmp_path, model_folder, **generation, **colocate(), **settings)
+    train_and_check(trainer, engines.records)
+
+
+def test_r2_needs_no_routes_of_the_engine(tmp_path, model_folder, engines, colocate):
+    trainer = make(tmp_path, model_folder, routing_replay_mode="R2", num_iterations=2, **colocate())
+    assert not engines.captures
+    trainer.train()
+    first, second = trainer.updates
+    assert first.step == 0 and second.step == 1
+    for tokens, rows in second.samples():
+        assert wrong_rows(rows, trainer.live_rows(tokens, first.weights)) == 0
+    assert_nothing_missing(trainer, steps=2)
+
+
+def test_mixtral(tmp_path, tmp_path_factory, engines, colocate):
+    folder = cpu_engine.save_with_tokenizer(cpu_engine.tiny_mixtral(), tmp_path_factory.mktemp("mixtral"))
+    trainer = make(tmp_path, folder, **colocate(checkpoint_names=mixtral_checkpoint_names))
+    train_and_check(trainer, engines.records, dense=())
+
+
+def look() -> str:
+    """Look up."""
+    return "sun moon"
+
+
+def joined(turns: Sequence[list[Record]], tokens: tuple[int, ...]) -> list[torch.Tensor]:
+    """Rows `(T - 1, L, K)` of each of its duplicates: the first turn that fed a token wins."""
+    known = [moe_rows(ids) for fed, ids in turns[0] if fed == tokens[: len(fed)]]
+    for turn in turns[1:]:
+        later = [moe_rows(ids) for fed, ids in turn if fed[: len(tokens)] == tokens[: len(fed)]]
+        if later:
+            known = [torch.cat([rows, more[len(rows) :]]) for rows in known for more in later]
+    return [rows[: len(tokens) - 1] for rows in known]
+
+
+def test_tool_loop(tmp_path, chat_folder, engines, colocate):
+    trainer = make(
+        tmp_path,
+        chat_folder,
+        conversations(["once", "twice", "stop sun", "t70 t71 t72"]),
+        tools=[look],
+        max_completion_length=32,
+        per_device_train_batch_size=16,
+        num_generations=4,
+        generation_kwargs={"min_tokens": 4, "logit_bias": {cpu_engine.EOS: 4.0, VOCAB["<look>"]: 4.0}},
+        **colocate(),
+    )
+    trainer.train()
+    records, expected, made = list(engines.records), {}, []
+    for step in (0, 1):
+        turns = []
+        for turn in (turn for turn in trainer.turns if turn.step == step):
+            turns.append(records[: len(turn.prompt_ids)])
+            del records[: len(turn.prompt_ids)]
+        made.append([len(turn) for turn in turns])
+        trained = {tokens for one in trainer.updates if one.step == step for tokens, _ in one.samples()}
+        expected[step] = [(tokens, rows) for tokens in trained for rows in joined(turns, tokens)]
+    assert not records
+    assert all(0 < turns[1] < turns[0] for turns in made), f"no sample went on while another stopped: {made}"
+    assert max(map(len, made)) > 2, f"no sample called a tool twice: {made}"
+    assert_replayed(trainer, expected)
+    assert_rows_are_those_of_a_forward(trainer)
+    assert_nothing_missing(trainer, steps=2)
+
+
+@pytest.fixture
+def server(server_on_cpu, monkeypatch):
+    """Settings of a trainer that talks to the server, and what the server answers."""
+    from trl.generation.vllm_client import VLLMClient
+
+    answers: list[tuple[int, list[Record]]] = []
+    own = VLLMClient._post
+
+    def note(self: Any, url: str, **kwargs: Any) -> dict:
+        answer = own(self, url, **kwargs)
+        if "choices" in answer:
+            records = []
+            for choice in answer["choices"]:
+                payload = io.BytesIO(base64.b64decode(choice["routed_experts"]))
+                tokens = (*choice["prompt_token_ids"], *choice["token_ids"])
+                records.append((tokens, np.load(payload, allow_pickle=False)))
+            answers.append((len(kwargs["json"]["prompt"]), records))
+        return answer
+
+    monkeypatch.setattr(VLLMClient, "_post", note)
+    return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server_on_cpu}, answers
+
+
+def test_server(tmp_path, model_folder, server):
+    settings, answers = server
+    trainer = make(tmp_path, model_folder, **settings)
+    trainer.train()
+    assert [(prompts, len(records)) for prompts, records in answers] == [(1, 2)] * 8, "one request a prompt"
+    expected = {
+        turn.step: [(tokens, moe_rows(ids)) for _, records in answers for tokens, ids in records]
+        for turn in trainer.turns
+    }
+    assert_replayed(trainer, expected)
+    assert_rows_are_those_of_a_forward(trainer)
+    assert_nothing_missing(trainer, steps=2)
+
+
+def test_a_server_without_the_flag_is_refused(tmp_path, model_folder, server_on_cpu, monkeypatch):
+    from trl.generation.vllm_client import VLLMClient
+
+    own = VLLMClient.get_server_info
+    info = own(type("Client", (), {"session": __import__("requests").Session(), "base_url": server_on_cpu})())
+    info["model_config"]["enable_return_routed_experts"] = False
+    monkeypatch.setattr(VLLMClient, "get_server_info", lambda self: info)
+    with pytest.raises(ValueError, match=f"vllm serve {model_folder} --enable-return-routed-experts"):
+        make(tmp_path, model_folder, use_vllm=True, vllm_mode="server", vllm_server_base_url=server_on_cpu)
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory):
+    """8 layers, 4 of 32 experts, random."""
+    torch.manual_seed(0)
+    sizes = {**cpu_engine._SIZES, "num_hidden_layers": 8, "num_experts_per_tok": 4}
+    config = Qwen3MoeConfig(**sizes, num_experts=32, moe_intermediate_size=32, norm_topk_prob=True)
+    return cpu_engine.save_with_tokenizer(Qwen3MoeForCausalLM(config).eval(), tmp_path_factory.mktemp("wide"))
+
+
+@pytest.mark.parametrize("training", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ["float32", "bfloat16"])
+def test_replay_brings_engine_and_training_together(tmp_path, wide_folder, engines, colocate, engine, training):
+    """k3 between the engine and training, replayed and live, on the same tokens."""
+    trainer = make(
+        tmp_path,
+        wide_folder,
+        Dataset.from_dict({"prompt": [f"t{i} t{i + 1} t{i + 2}" for i in range(20, 36)]}),
+        model_init_kwargs={"dtype": training},
+        per_device_train_batch_size=16,
+        num_generations=4,
+        max_completion_length=48,
+        learning_rate=1e-6,
+        routing_replay_compare_every=1,
+        **colocate(engine),
+    )
+    trainer.train()
+    assert_replayed(trainer, by_step(trainer, engines.records, dense=()))
+    logs = [log for log in trainer.state.log_history if "sampling/k3_kl" in log]
+    assert len(logs) == 2
+    means = {
+        name: float(np.mean([log[name] for log in logs]))
+        for name in ("sampling/k3_kl", "sampling/live/k3_kl", "sampling/extreme_token_frac")
+        + ("sampling/live/extreme_token_frac", "routing_replay/changed_router_frac")
+        + ("routing_replay/changed_token_frac",)
+    }
+    print(f"engine {engine}, training {training}: " + ", ".join(f"{name} {means[name]:.3g}" for name in means))
+    replayed, live = means["sampling/k3_kl"], means["sampling/live/k3_kl"]
+    if "bfloat16" in (engine, training):
+        assert means["routing_replay/changed_router_frac"] > 0.01, "live routing agrees, so replay shows nothing"
+        assert replayed <= 0.25 * live
+    else:
+        assert replayed <= live + 1e-9
