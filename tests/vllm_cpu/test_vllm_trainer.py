@@ -32,11 +32,13 @@ class Engines:
     def __init__(self) -> None:
         self.running: dict[tuple, Any] = {}
         self.records: list[Record] = []  # of all calls since it was last emptied
+        self.sleep_calls: list[str] = []
         self.captures = False  # whether the last trainer asked for routes
 
     def starter(self, dtype: str, checkpoint_names: Callable | None = None) -> Callable:
         def start(model: str, **kwargs: Any) -> Any:
             self.captures = kwargs.pop("enable_return_routed_experts", False)
+            sleeps = kwargs.pop("enable_sleep_mode")
             key = (model, dtype)
             if key not in self.running:
                 llm = cpu_engine.cpu_llm(model, dtype=dtype, enable_return_routed_experts=True, **kwargs)
@@ -54,6 +56,9 @@ class Engines:
 
                 llm.generate = generate
                 self.running[key] = llm
+            if sleeps:  # no CPU engine can: "Sleep mode is not supported on current platform"
+                self.running[key].sleep = lambda level: self.sleep_calls.append(f"sleep {level}")
+                self.running[key].wake_up = lambda tags: self.sleep_calls.append(f"wake {tags[0]}")
             return self.running[key]
 
         return start
@@ -182,6 +187,13 @@ def test_colocate(tmp_path, model_folder, engines, colocate):
     train_and_check(trainer, engines.records, steps=3)
     logs = [log for log in trainer.state.log_history if "sampling/k3_kl" in log]
     assert len(logs) == 3 and all(log["sampling/k3_kl"] < 1e-9 and "sampling/live/k3_kl" in log for log in logs)
+
+
+def test_the_calls_of_sleep_mode(tmp_path, model_folder, engines, colocate):
+    """Routes are taken before the engine sleeps again. What sleep frees is not freed on a CPU."""
+    trainer = make(tmp_path, model_folder, vllm_enable_sleep_mode=True, **colocate())
+    train_and_check(trainer, engines.records)
+    assert engines.sleep_calls.count("sleep 2") == 3 and engines.sleep_calls.count("wake kv_cache") == 2
 
 
 def test_updates_after_the_first_replay_the_same_record(tmp_path, model_folder, engines, colocate):
