@@ -107,7 +107,8 @@ class _Stitched:
 
     def add(self, turn: Turn, entry: int, agreed: int) -> None:
         """Take the rows that are new, as far as the tokens agree."""
-        end = min(agreed, turn.records[entry].shape[0], self.num_rows)
+        fed = len(turn.prompt_ids[entry]) + len(turn.completion_ids[entry]) - 1  # a T-th row was never routed
+        end = min(agreed, fed, turn.records[entry].shape[0], self.num_rows)
         if end > self.filled:
             self._pieces.append(turn.records[entry][self.filled : end])
             self.filled = end
