@@ -251,8 +251,7 @@ class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):
     With `use_routing_replay=True`, every training forward goes through the experts that the rollout went through: the
     old-policy pass, each update and each recompute of gradient checkpointing. Weights and gradients stay live. Left
     alone are the reference policy, reward models and evaluation, which route live, and everything else that TRL does.
-    With
-    `use_routing_replay=False` it is `GRPOTrainer`, number for number.
+    With `use_routing_replay=False` it is `GRPOTrainer`, number for number.
 
     Args:
         args ([`R3GRPOConfig`], *optional*):
