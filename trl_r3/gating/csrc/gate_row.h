@@ -76,19 +76,14 @@ struct Normalizer {
 template <class Lane, class Logit, class T = typename Compute<Logit>::type>
 GATING_FN Normalizer<T> normalizer(Lane lane, const Logit* x, int num_experts) {
   typename Key<T>::type best = lowest<typename Key<T>::type>;
-  // Both loops become vector code, for which the sum has to be free in its order.
-#ifndef __CUDACC__
-#pragma omp simd reduction(max : best)
-#endif
+  GATING_SIMD(max, best)
   for (int e = lane.id(); e < num_experts; e += Lane::size) {
     const auto key = Key<T>::of(widen(x[e]));
     best = key > best ? key : best;
   }
   const T top = Key<T>::number(lane.max(best));
   T total = 0;
-#ifndef __CUDACC__
-#pragma omp simd reduction(+ : total)
-#endif
+  GATING_SIMD(+, total)
   for (int e = lane.id(); e < num_experts; e += Lane::size) total += exponential(widen(x[e]) - top);
   return {top, T(1) / lane.sum(total)};
 }
@@ -158,18 +153,24 @@ GATING_FN void write_keys(Lane lane, const Logit* x, const T* bias, Score score,
 template <class Lane, class T>
 GATING_FN RowKind read_record(Lane lane, const void* recorded, Id type, int64_t row, const Selection& select,
                               const Scratch<T>& scratch) {
-  const int64_t mark = type == Id::u8 ? 255 : -1;
   bool missing = false, unsound = false;
-  for (int s = lane.id(); s < select.top_k; s += Lane::size) {
-    const int64_t id = load_id(recorded, row * select.top_k + s, type);
-    missing |= id == mark;
-    unsound |= id < 0 || id >= select.num_experts;
-    scratch.id[s] = int32_t(id);
-  }
+  with_ids(recorded, type, [&](const auto* given) {
+    using Storage = std::decay_t<decltype(*given)>;
+    const WideId<Storage> mark = static_cast<Storage>(-1);  // 255 in uint8
+    for (int s = lane.id(); s < select.top_k; s += Lane::size) {
+      const WideId<Storage> id = given[row * select.top_k + s];
+      missing |= id == mark;
+      unsound |= id < 0 || id >= select.num_experts;
+      scratch.id[s] = int32_t(id);
+    }
+  });
   lane.sync();
+  int own = 0, equal = 0;
   for (int s = lane.id(); s < select.top_k; s += Lane::size) {
-    for (int other = 0; other < s; ++other) unsound |= scratch.id[other] == scratch.id[s];
+    ++own;
+    for (int other = 0; other < select.top_k; ++other) equal += scratch.id[other] == scratch.id[s];
   }
+  unsound |= equal != own;
   if (lane.any(missing)) return kMissing;
   return lane.any(unsound) ? kInvalid : kRecorded;
 }
@@ -197,41 +198,45 @@ GATING_FN bool differs_from_live(Lane lane, const Selection& select, const Scrat
   return lane.sum(ahead) != select.top_k - 1;
 }
 
+// Largest of the K logits in `value`, as a normaliser that leaves the sum to the caller.
+template <class Lane, class T>
+GATING_FN Normalizer<T> chosen_top(Lane lane, const T* value, int top_k) {
+  using K = typename Key<T>::type;
+  K best = lowest<K>;
+  for (int s = lane.id(); s < top_k; s += Lane::size) {
+    const K key = Key<T>::of(value[s]);
+    best = key > best ? key : best;
+  }
+  return {Key<T>::number(lane.max(best)), T(1)};
+}
+
 // Weights of the experts scratch.id.
 template <class Lane, class Logit, class T = typename Compute<Logit>::type>
 GATING_FN void write_weights(Lane lane, const Logit* x, const Formula<T>& formula, const Selection& select,
                              const Scratch<T>& scratch, void* weights, Real type, int64_t row) {
-  Normalizer<T> over{T(0), T(1)};
   const bool over_chosen = formula.over_chosen();
-  if (over_chosen) {
-    typename Key<T>::type best = lowest<typename Key<T>::type>;
-    for (int s = lane.id(); s < select.top_k; s += Lane::size) {
-      const auto key = Key<T>::of(widen(x[scratch.id[s]]));
-      best = key > best ? key : best;
-    }
-    over.top = Key<T>::number(lane.max(best));
-  } else if (formula.score == Score::softmax) {
-    over = normalizer(lane, x, select.num_experts);
+  T* const value = scratch.value;
+  for (int s = lane.id(); s < select.top_k; s += Lane::size) value[s] = widen(x[scratch.id[s]]);
+  if (over_chosen || formula.score == Score::softmax) {
+    const Normalizer<T> over =
+        over_chosen ? chosen_top(lane, value, select.top_k) : normalizer(lane, x, select.num_experts);
+    for (int s = lane.id(); s < select.top_k; s += Lane::size) value[s] = over.probability(value[s]);
+  } else {
+    for (int s = lane.id(); s < select.top_k; s += Lane::size) value[s] = lone_score(formula.score, value[s]);
   }
-  const bool lone = !over_chosen && formula.score != Score::softmax;
-  T total = 0;
-  for (int s = lane.id(); s < select.top_k; s += Lane::size) {
-    const T logit = widen(x[scratch.id[s]]);
-    scratch.value[s] = lone ? lone_score(formula.score, logit) : logit;
-  }
-  if (!lone) {
-    for (int s = lane.id(); s < select.top_k; s += Lane::size) scratch.value[s] = over.probability(scratch.value[s]);
-  }
-  for (int s = lane.id(); s < select.top_k; s += Lane::size) total += scratch.value[s];
   T divisor = 1;
-  if (over_chosen) {
-    divisor = lane.sum(total) * (formula.renormalize ? T(1) + formula.eps : T(1));
-  } else if (formula.renormalize) {
-    divisor = lane.sum(total) + formula.eps;
+  if (over_chosen || formula.renormalize) {
+    T total = 0;
+    for (int s = lane.id(); s < select.top_k; s += Lane::size) total += value[s];
+    divisor = over_chosen ? lane.sum(total) : lane.sum(total) + formula.eps;
+    if (over_chosen && formula.renormalize) divisor *= T(1) + formula.eps;
   }
-  for (int s = lane.id(); s < select.top_k; s += Lane::size) {
-    store_real(weights, row * select.top_k + s, type, scratch.value[s] / divisor * formula.scale);
-  }
+  with_reals(weights, type, [&](auto* out) {
+    using Weight = std::decay_t<decltype(*out)>;
+    for (int s = lane.id(); s < select.top_k; s += Lane::size) {
+      out[row * select.top_k + s] = Narrow<Weight>::from(value[s] / divisor * formula.scale);
+    }
+  });
 }
 
 struct RowResult {

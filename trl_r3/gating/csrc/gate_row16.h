@@ -128,20 +128,23 @@ struct Slots {
 template <int KP, class Lane, class Logit>
 GATING_FN RowKind read_record16(Lane lane, const Logit* x, const void* recorded, Id type, int64_t row,
                                 const Selection& select, Slots<KP>& slots) {
-  const int64_t mark = type == Id::u8 ? 255 : -1;
   int id[Slots<KP>::count];
   bool missing = false, unsound = false;
-  GATING_UNROLL
-  for (int i = 0; i < Slots<KP>::count; ++i) {
-    const int s = i * kQuad + lane.id();
-    id[i] = -1;
-    if (s >= select.top_k) continue;
-    const int64_t given = load_id(recorded, row * select.top_k + s, type);
-    const bool fits = given >= 0 && given < select.num_experts;
-    missing |= given == mark;
-    unsound |= !fits;
-    if (fits) id[i] = int(given);
-  }
+  with_ids(recorded, type, [&](const auto* given) {
+    using Storage = std::decay_t<decltype(*given)>;
+    const WideId<Storage> mark = static_cast<Storage>(-1);  // 255 in uint8
+    GATING_UNROLL
+    for (int i = 0; i < Slots<KP>::count; ++i) {
+      const int s = i * kQuad + lane.id();
+      id[i] = -1;
+      if (s >= select.top_k) continue;
+      const WideId<Storage> one = given[row * select.top_k + s];
+      const bool fits = one >= 0 && one < select.num_experts;
+      missing |= one == mark;
+      unsound |= !fits;
+      if (fits) id[i] = int(one);
+    }
+  });
   GATING_UNROLL
   for (int i = 0; i < Slots<KP>::count; ++i) {
     GATING_UNROLL
@@ -226,13 +229,16 @@ GATING_FN void write_slots16(Lane lane, const Logit* x, const Formula<float>& fo
   total = lane.sum(total);
   float divisor = formula.renormalize ? total + formula.eps : 1.0f;
   if (over_chosen) divisor = formula.renormalize ? total * (1.0f + formula.eps) : total;
-  GATING_UNROLL
-  for (int i = 0; i < Slots<KP>::count; ++i) {
-    const int s = i * kQuad + lane.id();
-    if (s >= select.top_k) continue;
-    store_real(weights, row * select.top_k + s, weights_type, value[i] / divisor * formula.scale);
-    expert_ids[row * select.top_k + s] = packed_id(slots.key[i]);
-  }
+  with_reals(weights, weights_type, [&](auto* out) {
+    using Weight = std::decay_t<decltype(*out)>;
+    GATING_UNROLL
+    for (int i = 0; i < Slots<KP>::count; ++i) {
+      const int s = i * kQuad + lane.id();
+      if (s >= select.top_k) continue;
+      out[row * select.top_k + s] = Narrow<Weight>::from(value[i] / divisor * formula.scale);
+      expert_ids[row * select.top_k + s] = packed_id(slots.key[i]);
+    }
+  });
 }
 
 // The whole row, as gate_row: E is a multiple of 32, K <= KP, x is aligned to 16 bytes.

@@ -15,25 +15,16 @@ template <class Lane, class Logit, class T = typename Compute<Logit>::type>
 GATING_FN void gate_row_backward(Lane lane, int64_t row, const Logit* x, const int64_t* expert_ids, const void* grad,
                                  Real grad_type, const Formula<T>& formula, int num_experts, int top_k, T* value,
                                  Logit* stage) {
-  using K = typename Key<T>::type;
   const int64_t* id = expert_ids + row * top_k;
   const bool over_chosen = formula.over_chosen();
   const bool over_all = !over_chosen && formula.score == Score::softmax;
+  for (int s = lane.id(); s < top_k; s += Lane::size) value[s] = widen(x[id[s]]);
   Normalizer<T> over{T(0), T(1)};
-  if (over_all) {
-    over = normalizer(lane, x, num_experts);
-  } else if (over_chosen) {
-    K best = lowest<K>;
-    for (int s = lane.id(); s < top_k; s += Lane::size) {
-      const K key = Key<T>::of(widen(x[id[s]]));
-      best = key > best ? key : best;
-    }
-    over.top = Key<T>::number(lane.max(best));
-  }
+  if (over_all) over = normalizer(lane, x, num_experts);
+  if (over_chosen) over = chosen_top(lane, value, top_k);
   T total = 0, dot = 0;
   for (int s = lane.id(); s < top_k; s += Lane::size) {
-    const T logit = widen(x[id[s]]);
-    value[s] = over_chosen || over_all ? over.probability(logit) : lone_score(formula.score, logit);
+    value[s] = over_chosen || over_all ? over.probability(value[s]) : lone_score(formula.score, value[s]);
     total += value[s];
     dot += value[s] * load_real<T>(grad, row * top_k + s, grad_type);
   }

@@ -41,10 +41,12 @@ struct Alone {
   }
 };
 
-template <class Logit>
+// K = 0 takes any number of slots.
+template <class Logit, int K>
 GATING_FN void forward_rows(const Forward& call, int64_t begin, int64_t end, int64_t* counts) {
   using T = typename Compute<Logit>::type;
-  const Selection select = call.select;
+  Selection select = call.select;
+  if constexpr (K > 0) select.top_k = K;
   const Formula<T> formula = call.formula<T>();
   std::vector<typename Key<T>::type> key(select.num_experts), group(select.n_group);
   std::vector<T> value(select.top_k);
@@ -78,7 +80,8 @@ GATING_FN void backward_rows(const Backward& call, int64_t begin, int64_t end) {
 // Clones need functions that are no templates.
 #define GATING_ROWS(Logit)                                                                              \
   GATING_CLONES void forward_##Logit(const Forward& call, int64_t begin, int64_t end, int64_t* counts) { \
-    forward_rows<Logit>(call, begin, end, counts);                                                      \
+    if (call.select.top_k == 8) forward_rows<Logit, 8>(call, begin, end, counts);                       \
+    else forward_rows<Logit, 0>(call, begin, end, counts);                                              \
   }                                                                                                     \
   GATING_CLONES void backward_##Logit(const Backward& call, int64_t begin, int64_t end) {               \
     backward_rows<Logit>(call, begin, end);                                                             \

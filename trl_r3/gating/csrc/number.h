@@ -5,13 +5,18 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define GATING_FN __host__ __device__ __forceinline__
+#define GATING_SIMD(operation, variable)
 #else
 #define GATING_FN inline __attribute__((always_inline))
+// On a CPU the next loop becomes vector code, for which a sum has to be free in its order.
+#define GATING_PRAGMA(text) _Pragma(#text)
+#define GATING_SIMD(operation, variable) GATING_PRAGMA(omp simd reduction(operation : variable))
 #endif
 
 namespace gating {
@@ -74,8 +79,8 @@ template <>
 struct Narrow<Bf16> {
   static GATING_FN Bf16 from(float x) {
     const uint32_t bits = bits_as<uint32_t>(x);
-    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-    return Bf16{uint16_t(x != x ? 0x7fc0u : rounded >> 16)};
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    return Bf16{uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
   }
 };
 template <>
@@ -96,16 +101,6 @@ struct Narrow<Fp16> {
 };
 
 template <class T>
-GATING_FN void store_real(void* base, int64_t index, Real type, T x) {
-  switch (type) {
-    case Real::bf16: static_cast<Bf16*>(base)[index] = Narrow<Bf16>::from(float(x)); break;
-    case Real::fp16: static_cast<Fp16*>(base)[index] = Narrow<Fp16>::from(float(x)); break;
-    case Real::fp32: static_cast<float*>(base)[index] = float(x); break;
-    case Real::fp64: static_cast<double*>(base)[index] = double(x); break;
-  }
-}
-
-template <class T>
 GATING_FN T load_real(const void* base, int64_t index, Real type) {
   switch (type) {
     case Real::bf16: return T(widen(static_cast<const Bf16*>(base)[index]));
@@ -115,12 +110,28 @@ GATING_FN T load_real(const void* base, int64_t index, Real type) {
   }
 }
 
-GATING_FN int64_t load_id(const void* base, int64_t index, Id type) {
+// Calls `use` with a pointer of the type that `base` has. The choice is made once, outside of the loops in `use`.
+template <class Use>
+GATING_FN void with_reals(void* base, Real type, Use use) {
   switch (type) {
-    case Id::u8: return static_cast<const uint8_t*>(base)[index];
-    case Id::i16: return static_cast<const int16_t*>(base)[index];
-    case Id::i32: return static_cast<const int32_t*>(base)[index];
-    default: return static_cast<const int64_t*>(base)[index];
+    case Real::bf16: use(static_cast<Bf16*>(base)); break;
+    case Real::fp16: use(static_cast<Fp16*>(base)); break;
+    case Real::fp32: use(static_cast<float*>(base)); break;
+    case Real::fp64: use(static_cast<double*>(base)); break;
+  }
+}
+
+// An id in arithmetic that knows its sign and its every bit.
+template <class Storage>
+using WideId = std::conditional_t<sizeof(Storage) == 8, int64_t, int32_t>;
+
+template <class Use>
+GATING_FN void with_ids(const void* base, Id type, Use use) {
+  switch (type) {
+    case Id::u8: use(static_cast<const uint8_t*>(base)); break;
+    case Id::i16: use(static_cast<const int16_t*>(base)); break;
+    case Id::i32: use(static_cast<const int32_t*>(base)); break;
+    case Id::i64: use(static_cast<const int64_t*>(base)); break;
   }
 }
 
