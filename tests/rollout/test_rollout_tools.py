@@ -17,6 +17,7 @@ SCRIPT = [
     "moon <eos> <assistant> t43 t44 <eos>",
     "cut <eos> <assistant> t46 <deep> <eos>",
     "down <eos> <assistant> t47 t47",  # and t47 again, until there is no room
+    "full <eos> <assistant> t60 t61 t62 t63 t64 t65 t66 t67 t68 t69 <deep> <eos>",
     "back <eos> <assistant> t48 t49 t50 t51 <big> <eos>",
 ]
 SAID = {  # the completions that follow, tool results included
@@ -24,6 +25,7 @@ SAID = {  # the completions that follow, tool results included
     "once": "t42 <look> <eos> <tool> sun moon <eos> <assistant> t43 t44 <eos>",
     "twice": "<again> <eos> <tool> wait <eos> <assistant> t45 <look> <eos> <tool> sun moon <eos> <assistant> t43 t44",
     "cut": "t46 <deep> <eos> <tool> down <eos> <assistant>" + " t47" * 9,
+    "full": "t60 t61 t62 t63 t64 t65 t66 t67 t68 t69 <deep> <eos> <tool> down <eos> <assistant>",  # and no token more
     "back": "t48 t49 t50 t51 <big> <eos>",  # the result of the tool is rolled back
 }
 
@@ -107,7 +109,7 @@ def check_conversations(trainer: Watched) -> None:
             tuple(ids_of(f"<user> {word} <eos> <assistant> {text}")) for word, text in SAID.items() for _ in range(2)
         )
     for step in {turn.step for turn in trainer.turns}:
-        assert [len(turn.prompt_ids) for turn in trainer.turns if turn.step == step] == [10, 6, 2]
+        assert [len(turn.prompt_ids) for turn in trainer.turns if turn.step == step] == [12, 8, 2]
 
 
 def test_turns_are_joined(tmp_path):

@@ -20,7 +20,7 @@ VOCAB_SIZE = 128
 PAD, EOS, UNK = 0, 1, 2
 TOOLS = ["<look>", "<again>", "<deep>", "<big>"]
 _ROLES = ["<user>", "<assistant>", "<tool>", "<system>"]
-_WORDS = ["stop", "once", "twice", "cut", "back", "sun", "moon", "wait", "down"]
+_WORDS = ["stop", "once", "twice", "cut", "full", "back", "sun", "moon", "wait", "down"]
 _NAMED = ["<pad>", "<eos>", "<unk>", *_ROLES, *TOOLS, *_WORDS]
 VOCAB = {word: i for i, word in enumerate(_NAMED)} | {f"t{i}": i for i in range(len(_NAMED), VOCAB_SIZE)}
 
