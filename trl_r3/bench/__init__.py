@@ -23,6 +23,15 @@ from .setup import BenchSettings, Finding
 
 __all__ = ["BenchSettings", "Finding", "main"]
 
+PARTS: tuple[Callable[[BenchSettings], list[Finding]], ...] = (
+    training_cost,
+    generation_cost,
+    storage,
+    mismatch,
+    own_record,
+    record_making,
+)
+
 
 def main(output: Path | None, settings: BenchSettings | None = None, threads: int = 1) -> list[Finding]:
     """
@@ -41,17 +50,9 @@ def main(output: Path | None, settings: BenchSettings | None = None, threads: in
     """
     settings = settings or BenchSettings()
     console = Console()
-    parts: list[Callable[[BenchSettings], list[Finding]]] = [
-        training_cost,
-        generation_cost,
-        storage,
-        mismatch,
-        own_record,
-        record_making,
-    ]
     findings: list[Finding] = []
     with _threads(threads), console.status("") as status:
-        for part in parts:
+        for part in PARTS:
             status.update(part.__name__.replace("_", " "))
             findings += part(settings)
     console.print(_table(findings))

@@ -41,6 +41,8 @@ def rows(result: DemoResult) -> list[tuple[str, dict[str, float]]]:
     return [
         ("accuracy before", of_runs(lambda name, run: run.accuracy_before)),
         ("accuracy after", of_runs(lambda name, run: run.accuracy_after)),
+        ("reward, first tenth of the steps", of_runs(lambda name, run: _rewards(run)[0])),
+        ("reward, last tenth of the steps", of_runs(lambda name, run: _rewards(run)[-1])),
         ("k3_kl", mean("k3_kl")),
         ("k3_kl, same rollouts scored the other way", mean("k3_kl", other=True)),
         ("F(2)", mean("extreme_token_frac")),
@@ -49,6 +51,13 @@ def rows(result: DemoResult) -> list[tuple[str, dict[str, float]]]:
         ("changed tokens", mean("changed_token_frac")),
         ("processor seconds a step", of_runs(lambda name, run: run.seconds_per_step)),
     ]
+
+
+def _rewards(run: RunResult) -> list[float]:
+    """Mean reward of each tenth of the steps."""
+    size = max(1, len(run.log) // 10)
+    rewards = [entry["reward"] for entry in run.log]
+    return [statistics.fmean(rewards[start : start + size]) for start in range(0, len(rewards), size)]
 
 
 def _formatted(label: str, value: float) -> str:

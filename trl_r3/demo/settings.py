@@ -24,7 +24,7 @@ class DemoSettings:
         prompts, generations (`int`):
             Sums in a rollout, and completions of each.
         learning_rate (`float`):
-            Of GRPO, constant.
+            Of GRPO: its peak, reached after a twentieth of the steps and from there on falling to 0.
         measure_every (`int`):
             Every so many steps the mismatch is measured.
         seed (`int`):
@@ -37,9 +37,9 @@ class DemoSettings:
     warm_up_batch: int = 64
     warm_up_learning_rate: float = 2e-3
     grpo_steps: int = 200
-    prompts: int = 16
-    generations: int = 8
-    learning_rate: float = 1e-4
+    prompts: int = 32
+    generations: int = 4
+    learning_rate: float = 3e-4
     measure_every: int = 5
     seed: int = 0
 
