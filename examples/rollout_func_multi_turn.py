@@ -71,19 +71,20 @@ def play(prompts: list[str], trainer: R3GRPOTrainer) -> dict[str, list]:
             said = list(turn.completion_ids[entry])
             answer = tokenizer(games[i].step(tokenizer.decode(said)))["input_ids"]
             completion_ids[i] += said + answer
-            logprobs[i] += [*turn_logprobs[entry], *[0.0] * len(answer)]
+            if turn_logprobs is not None:  # in evaluation, `generate` of Transformers gives none
+                logprobs[i] += [*turn_logprobs[entry], *[0.0] * len(answer)]
             by_model[i] += [1] * len(said) + [0] * len(answer)
 
     # the environment has the last word, which no turn was given: the record has no rows for it
     for i in range(len(prompts)):
         while by_model[i][-1] == 0:
-            del completion_ids[i][-1], logprobs[i][-1], by_model[i][-1]
+            del completion_ids[i][-1], logprobs[i][-1:], by_model[i][-1]
 
     record = stitch(turns, prompt_ids, completion_ids, trainer.routing_replay.shape)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
-        "logprobs": logprobs,
+        "logprobs": logprobs if all(logprobs) else None,
         "env_mask": by_model,
         "routed_experts": record.records,
         "won": [game.reward for game in games],

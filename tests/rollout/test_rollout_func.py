@@ -49,7 +49,8 @@ def two_turns(prompts, trainer):
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
-        "logprobs": [a + [0.0] * 3 + b for a, b in zip(first_logprobs, second_logprobs, strict=True)],
+        "logprobs": first_logprobs
+        and [a + [0.0] * 3 + b for a, b in zip(first_logprobs, second_logprobs, strict=True)],
         "env_mask": [
             [1] * len(a) + [0] * 3 + [1] * len(b)
             for a, b in zip(first.completion_ids, second.completion_ids, strict=True)
@@ -94,6 +95,25 @@ def test_two_turns_are_stitched(tmp_path):
             for i, (p, c) in enumerate(zip(second.prompt_ids, second.completion_ids, strict=True))
         ]
     assert_replayed(trainer, expected)
+    assert_nothing_missing(trainer, steps=2)
+
+
+def test_evaluation_records_nothing(tmp_path):
+    seen = []
+
+    def note(prompts, trainer):
+        output = two_turns(prompts, trainer)
+        seen.append((trainer.model.training, output["logprobs"] is None))
+        return output
+
+    def reward(completions, **kwargs):
+        assert "routed_experts" not in kwargs
+        return [float(i) for i in range(len(completions))]
+
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Dataset.from_dict({"prompt": PROMPTS})}
+    trainer = make(tmp_path, note, per_device_eval_batch_size=8, reward_funcs=reward, **evaluation)
+    trainer.train()
+    assert seen == [(True, False), (False, True)] * 2
     assert_nothing_missing(trainer, steps=2)
 
 

@@ -20,6 +20,8 @@ from rollout.tiny_chat import VOCAB, WatchedGRPO, conversations, make_tokenizer,
 from rollout.watch import assert_nothing_missing, assert_replayed, wrong_rows
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from trl_r3.rollout.turns import stitch
+
 pytestmark = pytest.mark.vllm
 
 PROMPTS = Dataset.from_dict({"prompt": ["t30 t31 t32", "t40", "t50 t51 t52 t53 t54", "t60 t61"]})
@@ -212,7 +214,7 @@ def test_updates_after_the_first_replay_the_same_record(tmp_path, model_folder, 
         {"vllm_importance_sampling_mode": "sequence_truncate"},
         {"vllm_importance_sampling_mode": "sequence_mask"},
         {"vllm_importance_sampling_correction": False},
-        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
         {"loss_type": "cispo", "epsilon_high": 5.0},
         {"loss_type": "dapo", "mask_truncated_completions": True},
     ],
@@ -281,6 +283,38 @@ def test_tool_loop(tmp_path, chat_folder, engines, colocate):
     assert not records
     assert all(0 < turns[1] < turns[0] for turns in made), f"no sample went on while another stopped: {made}"
     assert max(map(len, made)) > 2, f"no sample called a tool twice: {made}"
+    assert_replayed(trainer, expected)
+    assert_rows_are_those_of_a_forward(trainer)
+    assert_nothing_missing(trainer, steps=2)
+
+
+def guess_twice(prompts, trainer):
+    """A rollout function of two turns, between which the environment says two words."""
+    prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    said = [VOCAB["sun"], VOCAB["moon"]]
+    first, one = trainer.rollout_turn(prompt_ids)
+    second, two = trainer.rollout_turn(
+        [p + list(c) + said for p, c in zip(prompt_ids, first.completion_ids, strict=True)]
+    )
+    both = list(zip(first.completion_ids, second.completion_ids, strict=True))
+    completion_ids = [[*a, *said, *b] for a, b in both]
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "logprobs": [[*a, 0.0, 0.0, *b] for a, b in zip(one, two, strict=True)],
+        "env_mask": [[1] * len(a) + [0, 0] + [1] * len(b) for a, b in both],
+        "routed_experts": stitch([first, second], prompt_ids, completion_ids, trainer.routing_replay.shape).records,
+    }
+
+
+def test_rollout_func(tmp_path, model_folder, engines, colocate):
+    trainer = make(tmp_path, model_folder, rollout_func=guess_twice, max_completion_length=8, **colocate())
+    trainer.train()
+    calls = [engines.records[i : i + 8] for i in range(0, 32, 8)]
+    expected = {
+        step: [(tokens, rows) for tokens, _ in calls[2 * step + 1] for rows in joined(calls[2 * step :][:2], tokens)]
+        for step in (0, 1)
+    }
     assert_replayed(trainer, expected)
     assert_rows_are_those_of_a_forward(trainer)
     assert_nothing_missing(trainer, steps=2)
