@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,6 +242,20 @@ def test_each_process_gets_its_share(monkeypatch, rank):
     turn = make_turn(prompts, [completion_of(prompt[:1], 0) for prompt in prompts])
     expected = [ids[:, [0, 2, 3]].tolist() for ids in everything[2 * rank : 2 * rank + 2]]
     assert [record.tolist() for record in turn.records] == expected
+
+
+def test_two_processes_train_on_one_server(installed, tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with fake_vllm() as fake:
+        script = [str(Path(__file__).with_name("two_processes.py")), fake.base_url, str(tmp_path)]
+        done = subprocess.run(launcher + script, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [(each["processes"], each["samples"], each["wrong"]) for each in reports] == [(2, 8, 0)] * 2
+    assert all(each["pairs"] > 20 for each in reports)
+    assert sorted(sum((each["tokens"] for each in reports), [])) == sorted(tokens for tokens, _ in sampled_by(fake))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
