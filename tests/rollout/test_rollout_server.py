@@ -139,7 +139,18 @@ def test_a_server_without_the_flag_is_told_how_to_start(client_of, info):
         "VLLM_SERVER_DEV_MODE=1 vllm serve org/model --enable-return-routed-experts "
         """--weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs --max-logprobs -1"""
     )
-    assert line in str(error.value) and "0.30.0" in str(error.value) and fake.base_url in str(error.value)
+    assert (
+        str(error.value).endswith(f"with: {line}")
+        and "0.30.0" in str(error.value)
+        and fake.base_url in str(error.value)
+    )
+
+
+def test_later_servers_are_told_their_model_runner(client_of):
+    with fake_vllm(version="0.31.0", info={}) as fake, pytest.raises(ValueError) as error:
+        client_of(fake)
+    assert "with: VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=1 vllm serve org/model " in str(error.value)
+    assert "--enable-return-routed-experts --enable-prefix-caching" in str(error.value)
 
 
 @pytest.mark.parametrize("version", ["0.21.3", "0.34.0"])

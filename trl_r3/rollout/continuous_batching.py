@@ -63,10 +63,10 @@ class RecordedBatches:
         """Refuse a call that lost requests: TRL would pair what is left with the wrong prompts."""
         failed = [request for request, output in outputs.items() if output.error is not None]
         if len(outputs) != len(inputs) or failed:
-            reason = f"; {failed[0]} failed with: {outputs[failed[0]].error}" if failed else ""
+            reason = f"; {failed[0]} failed with: {outputs[failed[0]].error.rstrip('.')}" if failed else ""
             raise RuntimeError(
-                f"continuous batching returned {len(outputs) - len(failed)} of {len(inputs)} requests{reason}. Free "
-                f"memory for its cache (`max_memory_percent`), or generate without it."
+                f"continuous batching returned {len(outputs) - len(failed)} of {len(inputs)} requests{reason}. If its "
+                f"cache was too small, raise `max_memory_percent`; else generate without it."
             )
         for request, output in outputs.items():
             expected = len(output.prompt_ids) + len(output.generated_tokens) - 1

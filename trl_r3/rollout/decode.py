@@ -204,6 +204,17 @@ def vllm_engine_kwargs(version: str) -> dict[str, bool]:
     return kwargs
 
 
+def vllm_serve_command(version: str, model: str) -> str:
+    """The shell line that starts a server which returns routes, with what TRL needs of it."""
+    environment, flags = "VLLM_SERVER_DEV_MODE=1", "--enable-return-routed-experts"
+    if _minor_version(version) >= _FIRST_VLLM_AUX_OUTPUT:
+        environment, flags = f"{environment} VLLM_USE_V2_MODEL_RUNNER=1", f"{flags} --enable-prefix-caching"
+    return (
+        f"{environment} vllm serve {model} {flags} "
+        f"""--weight-transfer-config '{{"backend": "nccl"}}' --logprobs-mode processed_logprobs --max-logprobs -1"""
+    )
+
+
 def _minor_version(version: str) -> tuple[int, int]:
     try:
         parsed = Version(version)

@@ -15,7 +15,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.import_utils import is_vllm_available
 
 from .._compat import swapped
-from .decode import check_vllm_version, decode_vllm_http, vllm_engine_kwargs
+from .decode import check_vllm_version, decode_vllm_http, vllm_engine_kwargs, vllm_serve_command
 
 _CONCURRENT_REQUESTS = 64  # the pool of the client's session
 
@@ -72,9 +72,7 @@ class RoutedVLLMClient(VLLMClient):
         if not _returns_routes(self.get_server_info()):
             raise ValueError(
                 f"the vLLM server at {self.base_url} (version {version}) does not return routed experts. Start it "
-                f"with: VLLM_SERVER_DEV_MODE=1 vllm serve {self.model} --enable-return-routed-experts "
-                f"""--weight-transfer-config '{{"backend": "nccl"}}' --logprobs-mode processed_logprobs """
-                f"--max-logprobs -1"
+                f"with: {vllm_serve_command(version, self.model)}"
             )
 
     def _post(self, url: str, **kwargs) -> dict:
