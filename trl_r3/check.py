@@ -17,7 +17,7 @@ from .discovery import UnsupportedRouterError
 from .metrics import changed_layers
 from .router_replay import RouterReplay
 
-TOKENS = (4, 8)  # batch, length of what is scored; short, for a collapsed router may repeat itself
+TOKENS = (8, 4)  # batch, length of what is scored; short, for a collapsed router may repeat itself
 
 
 def main(name: str, dtype: str, device: str) -> int:

@@ -45,7 +45,7 @@ class BenchSettings:
     prompts: int = 16
     prompt_length: int = 64
     new_tokens: int = 32
-    pairs: int = 15
+    pairs: int = 30
     scored: int = 32
     rollout_samples: int = 64
     rollout_tokens: int = 1024

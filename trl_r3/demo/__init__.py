@@ -46,7 +46,7 @@ def main(model: str, smoke: bool, output: Path) -> None:
     console.print(report.rich_table(result))
     console.print(
         f"{result.parameters / 1e6:.1f} M parameters, {size.grpo_steps} steps a run, {result.seconds:.0f} s in all; "
-        f"mismatch: means over every {size.measure_every}th step, before its update; one seed.",
+        f"mismatch: mean of every {size.measure_every} steps, taken before the update; one seed.",
         soft_wrap=True,
     )
     if without_plot is not None:
