@@ -200,7 +200,10 @@ def test_labels_may_only_count_recorded_rows(qwen, padded):
     lost[1, 9] = -1
     with pytest.raises(ValueError, match="sample 1: the row of position 9 is missing"):
         qwen(out.sequences, routed_experts=lost, **kwargs)
-    labels[1, 10] = -100
+    labels[1, 10] = -100  # later predictions attend to it all the same
+    with pytest.raises(ValueError, match="sample 1: the row of position 9 is missing"):
+        qwen(out.sequences, routed_experts=lost, **kwargs)
+    labels[1, 10:] = -100
     assert torch.isfinite(qwen(out.sequences, routed_experts=lost, **kwargs).loss)
 
 

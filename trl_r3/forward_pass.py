@@ -26,6 +26,7 @@ class ForwardPass:
         self.shape = shape
         self.replayed_NLK = replayed_NLK
         self.recording = recording
+        self.attended_N: Tensor | None = None  # real tokens, where that is known
         self.selected: dict[int, Tensor] = {}  # by MoE layer: (N, K) of the record
         self.changed_N: Tensor | None = None
         self.changed_routers: Tensor | int = 0
@@ -60,6 +61,8 @@ class ForwardPass:
         same_NK = (live_NK[:, :, None] == replayed_NK[:, None, :]).any(-1)
         changed_N = ~same_NK.all(-1) & (replayed_NK[:, 0] != self.shape.missing)
         changed_N = changed_N.to(self.replayed_NLK.device)  # type: ignore[union-attr]
+        if self.attended_N is not None:
+            changed_N &= self.attended_N.to(changed_N.device)
         self.changed_routers = self.changed_routers + changed_N.sum()
         self.changed_N = changed_N if self.changed_N is None else self.changed_N | changed_N
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .decoding import SampledLogProbs, check_decoding, prompt_mask, routed_positions, setting, without_compile
-from .routed_experts import MISSING
+from .routed_experts import MISSING, RoutingShape, missing_rows
 from .router_replay import RecordedRoutes, RouterReplay
 
 
@@ -49,7 +49,8 @@ def enable_routing_replay(model: nn.Module) -> RouterReplay:
     ```
     """
     replay = RouterReplay(model)
-    model._routing_replay = _Surface(model, replay)  # type: ignore[assignment]
+    # every wrapper of the model contains this module
+    replay.stack._routing_replay = _Surface(model, replay)  # type: ignore[assignment]
     return replay
 
 
@@ -59,16 +60,19 @@ def disable_routing_replay(model: nn.Module) -> None:
 
     Args:
         model (`torch.nn.Module`):
-            The model that was enabled.
+            The model that was enabled, bare or in whatever wrapper.
 
     Raises:
         `ValueError`: If it was not.
     """
-    surface = model.__dict__.get("_routing_replay")
-    if surface is None:
-        raise ValueError("the model has no routing replay to disable. Pass the object that was enabled.")
+    stack = next((module for module in model.modules() if "_routing_replay" in module.__dict__), None)
+    if stack is None:
+        raise ValueError(
+            f"{type(model).__name__} has no routing replay to disable: `enable_routing_replay` was not called on it, "
+            "or it was disabled before."
+        )
+    surface = stack.__dict__.pop("_routing_replay")
     surface.remove()
-    del model._routing_replay
 
 
 class _Surface:
@@ -100,8 +104,9 @@ class _Surface:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         routed_experts = kwargs.pop("routed_experts", None)
         if routed_experts is not None:
-            _check_loss_rows(routed_experts, kwargs.get("attention_mask"), kwargs.get("labels"))
-            self.context = self.replay.replay(routed_experts)
+            batch = self.replay.batch_source(routed_experts)
+            _check_loss_rows(batch.record, self.replay.shape, kwargs)
+            self.context = self.replay.replay_from(batch)
             self.context.__enter__()
         return args, kwargs
 
@@ -131,22 +136,38 @@ class _Surface:
         return rollout.output
 
 
-def _check_loss_rows(routed_experts: Tensor, mask: Tensor | None, labels: Tensor | None) -> None:
-    """Refuse a missing row whose prediction the loss counts: its gradient would come from another expert."""
-    if labels is None or routed_experts.ndim != 4 or routed_experts.shape[:2] != labels.shape:
+def _check_loss_rows(record: Tensor, shape: RoutingShape, kwargs: dict[str, Any]) -> None:
+    """Refuse a missing row of a token that a counted prediction attends to: it would come from other experts."""
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    if labels is None or record.shape[:2] != labels.shape:
         return
-    sentinel = 255 if routed_experts.dtype == torch.uint8 else MISSING
-    missing = (routed_experts[:, :-1, 0, 0] == sentinel).to(labels.device)
-    counted = labels[:, 1:] != -100
-    if mask is not None and mask.shape == labels.shape:
-        counted = counted & (mask[:, :-1] * mask[:, 1:]).bool()
-    if (missing & counted).any():
-        sample, position = (missing & counted).nonzero()[0].tolist()
+    attended = torch.ones_like(labels, dtype=torch.bool)
+    if torch.is_tensor(mask) and mask.shape == labels.shape:
+        attended = mask.bool()
+    counted = torch.zeros_like(attended)
+    counted[:, :-1] = (labels[:, 1:] != -100) & attended[:, 1:]  # by the row that makes the prediction
+    counted &= attended
+    missing = missing_rows(record, shape).to(labels.device) & attended
+    needed = missing & (_counted_from(counted, kwargs.get("position_ids")) > 0)
+    if needed.any():
+        sample, position = needed.nonzero()[0].tolist()
         raise ValueError(
-            f"sample {sample}: the row of position {position} is missing, but the loss counts its prediction, one of "
-            f"{int((missing & counted).sum())} such rows. Set `labels` to -100 where no row was recorded, or pass the "
-            "rows."
+            f"sample {sample}: the row of position {position} is missing, one of {int(needed.sum())} such rows, but "
+            "the loss counts predictions that depend on it. Pass the rows, or set `labels` to -100 from there on."
         )
+
+
+def _counted_from(counted: Tensor, position_ids: Tensor | None) -> Tensor:
+    """(B, T): how many counted predictions each position may influence: its own and later ones of its document."""
+    after = counted.flip(1).cumsum(1).flip(1)
+    if not torch.is_tensor(position_ids) or position_ids.ndim != 2 or position_ids.shape[1] != counted.shape[1]:
+        return after
+    num_tokens = counted.shape[1]
+    positions = torch.arange(num_tokens, device=counted.device)
+    starts = torch.where(position_ids.expand_as(counted) == 0, positions, num_tokens)  # of packed documents
+    first_from = starts.flip(1).cummin(1).values.flip(1)
+    next_start = torch.nn.functional.pad(first_from[:, 1:], (0, 1), value=num_tokens)
+    return after - torch.nn.functional.pad(after, (0, 1)).gather(1, next_start)
 
 
 @dataclass

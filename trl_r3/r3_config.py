@@ -86,7 +86,9 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
             f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "
             "Set `routing_replay_max_missing=0.0` to allow no missing row."
         )
-    if args.routing_replay_compare_every < 0:
+    if args.routing_replay_compare_every < 0 or args.routing_replay_compare_every != int(
+        args.routing_replay_compare_every
+    ):
         raise ValueError(
             f"`routing_replay_compare_every` is {args.routing_replay_compare_every}, but it counts steps. Set "
             f"`routing_replay_compare_every=0` to never compare."

@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from ._compat import adapters_are_off
 from .decoding import check_decoding
+from .r3_config import RoutingReplayConfigMixin
 from .replay_log import ReplayLogMixin
 from .rollout.capture import capture, rollout_of_func
 from .rollout.continuous_batching import recordable_config
@@ -53,6 +54,11 @@ class RoutingReplayMixin(ReplayLogMixin):
         self._scoring: _Scoring | None = None
         config: Any = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
         self._use_replay = bool(getattr(config, "use_routing_replay", False))
+        if self._use_replay and not isinstance(config, RoutingReplayConfigMixin):
+            raise ValueError(
+                f"`use_routing_replay` is set on a {type(config).__name__}, which does not check it. Use "
+                "`R3GRPOConfig`."
+            )
         with capturing_vllm(config) if self._use_replay and _captures_vllm(config) else nullcontext():
             super().__init__(*args, **kwargs)
         if self._use_replay:

@@ -70,11 +70,11 @@ class ReplayLogMixin(_Trainer):
     def _log_replay(self, stats: ReplayStats, rollout: RolloutRecord) -> None:
         """Log how much was replayed, and how far live routing has moved from the record."""
         rows = sum(record.shape[0] for record in rollout.records)
-        routers = stats.recorded_tokens * rollout.records[0].shape[1]
+        routers = stats.compared_tokens * rollout.records[0].shape[1]
         self._log_share("routing_replay/replayed_frac", stats.recorded_tokens, rows)
         self._log_share("routing_replay/missing_frac", rows - stats.recorded_tokens, rows)
         self._log_share("routing_replay/changed_router_frac", stats.changed_routers, routers)
-        self._log_share("routing_replay/changed_token_frac", stats.changed_tokens, stats.recorded_tokens)
+        self._log_share("routing_replay/changed_token_frac", stats.changed_tokens, stats.compared_tokens)
 
     def _log_share(self, name: str, part: Tensor | int, whole: Tensor | int) -> None:
         """Log part / whole over all processes. Without a whole there is nothing to log."""

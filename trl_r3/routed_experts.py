@@ -16,7 +16,8 @@ from torch import Tensor
 
 MISSING = -1  # in signed dtypes
 MISSING_UINT8 = 255  # in uint8, free while E <= 255
-_STALE_RUN = 16  # identical rows over all layers for different tokens: an engine handed out a stale buffer
+_STALE_RUN = 8  # identical rows over all layers, for
+_STALE_TOKENS = 4  # so many different tokens: an engine handed out a stale buffer
 
 
 @dataclass(frozen=True)
@@ -248,22 +249,24 @@ def check_stale(record: Tensor, tokens: Tensor | Sequence[int], shape: RoutingSh
             Index that errors name.
 
     Raises:
-        `ValueError`: If 16 consecutive rows agree in every layer although their tokens differ.
+        `ValueError`: If 8 consecutive rows agree in every layer although 4 different tokens or more were fed.
     """
     rows = record.shape[0]
     if rows < _STALE_RUN or not _repeats(record[:, 0, 0]):  # one id of each row rules most records out
         return
     repeats_R = (record[1:] == record[:-1]).flatten(1).all(1) & (record[1:, 0, 0] != shape.missing)
     runs = repeats_R.unfold(0, _STALE_RUN - 1, 1).all(1)  # run w: rows w .. w + _STALE_RUN - 1 are the same
-    token_runs = torch.as_tensor(tokens)[:rows].to(runs.device).unfold(0, _STALE_RUN, 1)
-    runs &= (token_runs != token_runs[:, :1]).any(1)
-    if runs.any():
-        start = int(runs.nonzero()[0])
-        raise ValueError(
-            f"{_place(shape, sample, 0, start)}: the {_STALE_RUN} rows from here repeat the same ids in all "
-            f"{len(shape.moe_layers)} MoE layers, although {len(set(token_runs[start].tolist()))} different tokens "
-            "were fed. The engine handed out stale rows: upgrade it, or drop the sample."
-        )
+    token_runs = torch.as_tensor(tokens)[:rows].cpu().unfold(0, _STALE_RUN, 1)
+    for start in runs.cpu().nonzero()[:, 0].tolist():
+        fed = len(set(token_runs[start].tolist()))
+        if fed >= _STALE_TOKENS:
+            others = (~repeats_R[start:]).nonzero()
+            length = 1 + (int(others[0]) if len(others) else rows - 1 - start)
+            raise ValueError(
+                f"{_place(shape, sample, 0, start)}: {length} rows from here repeat the same ids in all "
+                f"{len(shape.moe_layers)} MoE layers, although {fed} different tokens were fed in the first "
+                f"{_STALE_RUN}. The engine handed out stale rows: upgrade it, or drop the sample."
+            )
 
 
 def _repeats(first_R: Tensor) -> bool:

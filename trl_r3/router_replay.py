@@ -61,12 +61,13 @@ class ReplayStats:
 
     forwards: int = 0
     recorded_tokens: Tensor | int = 0  # tokens with a record
+    compared_tokens: Tensor | int = 0  # those that are attended to
     changed_routers: Tensor | int = 0  # (token, layer) pairs whose live set differs from the recorded one
     changed_tokens: Tensor | int = 0  # tokens with at least one such layer
 
 
 @dataclass
-class _WholeBatch:
+class WholeBatch:
     """A record that every forward uses as a whole."""
 
     record: Tensor  # packed (B, T, L, K)
@@ -121,6 +122,11 @@ class RouterReplay:
     def __init__(self, model: nn.Module, gating: str = "auto"):
         if gating not in ("auto", "intercept", "op"):
             raise ValueError(f"`gating` is {gating!r}, expected 'auto', 'intercept' or 'op'.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the model is a {type(model).__name__}, expected a torch.nn.Module. Load it first: "
+                f"`AutoModelForCausalLM.from_pretrained(...)`."
+            )
         unwrapped = _unwrap(model)
         if any(isinstance(getattr(m.__dict__.get("forward"), "__self__", None), Patch) for m in unwrapped.modules()):
             raise ValueError(
@@ -137,14 +143,14 @@ class RouterReplay:
         first = self._routers[0]
         layers = tuple(router.layer for router in self._routers)
         self.shape = RoutingShape(layers, num_decoder_layers, first.num_experts, first.top_k)
-        self._stack = unwrapped.get_submodule(stack_name)
+        self.stack = unwrapped.get_submodule(stack_name)
         self._active = ActivePass(threading.Event())
         self._has_replayed = False
         self._source: RecordSource | None = None
         self._stats: ReplayStats | None = None
         self._recorded: RecordedRoutes | None = None
         self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self._routers)] + [
-            Patch(self._stack, self._forward_stack)
+            Patch(self.stack, self._forward_stack)
         ]
 
     @property
@@ -212,7 +218,7 @@ class RouterReplay:
         with self.replay_from(self.batch_source(routed_experts)) as stats:
             yield stats
 
-    def batch_source(self, routed_experts: Tensor) -> RecordSource:
+    def batch_source(self, routed_experts: Tensor) -> WholeBatch:
         """
         Check a record of a whole batch.
 
@@ -221,11 +227,12 @@ class RouterReplay:
                 As in [`RouterReplay.replay`].
 
         Returns:
-            [`RecordSource`]: What [`RouterReplay.replay_from`] takes.
+            [`WholeBatch`]: What [`RouterReplay.replay_from`] takes.
 
         Raises:
             `ValueError`: Naming sample, layer and both numbers.
         """
+        routed_experts = torch.as_tensor(routed_experts)
         if routed_experts.ndim != 4:
             raise ValueError(
                 f"`routed_experts` has {routed_experts.ndim} dimensions, shape {tuple(routed_experts.shape)}, "
@@ -239,7 +246,7 @@ class RouterReplay:
                     f"sample {sample}: all {rows.shape[0]} rows are missing, so nothing of it would be replayed. Pass "
                     "its record, or leave the sample out."
                 )
-        return _WholeBatch(record, self.shape)
+        return WholeBatch(record, self.shape)
 
     @contextmanager
     def replay_from(self, source: RecordSource) -> Iterator[ReplayStats]:
@@ -292,10 +299,11 @@ class RouterReplay:
         replayed_NLK = None
         if self._source is not None:
             record = self._source.take(tokens, batch_size, num_tokens)
-            replayed_NLK = record.flatten(0, 1).to(next(self._stack.parameters()).device, non_blocking=True)
+            replayed_NLK = record.flatten(0, 1).to(next(self.stack.parameters()).device, non_blocking=True)
             self._has_replayed = self._has_replayed or torch.is_grad_enabled()
         pass_ = ForwardPass(self._routers, self.shape, replayed_NLK, self._recorded is not None)
-        with self._active.use(pass_), bound_checkpoints(self._stack, self._active, pass_):
+        pass_.attended_N = _attended(kwargs.get("attention_mask"), batch_size, num_tokens)
+        with self._active.use(pass_), bound_checkpoints(self.stack, self._active, pass_):
             output = forward(*args, **kwargs)
         pass_.close()
         if self._recorded is not None:
@@ -311,7 +319,10 @@ class RouterReplay:
     def _count(self, stats: ReplayStats, pass_: ForwardPass, replayed_NLK: Tensor) -> None:
         assert pass_.changed_N is not None
         stats.forwards += 1
-        stats.recorded_tokens = stats.recorded_tokens + (~missing_rows(replayed_NLK, self.shape)).sum()
+        recorded_N = ~missing_rows(replayed_NLK, self.shape)
+        compared_N = recorded_N if pass_.attended_N is None else recorded_N & pass_.attended_N.to(recorded_N.device)
+        stats.recorded_tokens = stats.recorded_tokens + recorded_N.sum()
+        stats.compared_tokens = stats.compared_tokens + compared_N.sum()
         stats.changed_routers = stats.changed_routers + pass_.changed_routers
         stats.changed_tokens = stats.changed_tokens + pass_.changed_N.sum()
 
@@ -320,6 +331,13 @@ def _unwrap(model: nn.Module) -> nn.Module:
     from accelerate.utils import extract_model_from_parallel  # imports slowly
 
     return extract_model_from_parallel(model, keep_torch_compile=True)
+
+
+def _attended(mask: Any, batch_size: int, num_tokens: int) -> Tensor | None:
+    """(N,) of `bool`, where the mask says which tokens are real."""
+    if torch.is_tensor(mask) and mask.shape == (batch_size, num_tokens):
+        return mask.flatten().bool()
+    return None
 
 
 def _batch_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, tuple[int, int]]:

@@ -43,6 +43,11 @@ def to_record(ids: np.ndarray | Tensor, shape: RoutingShape, sample: int) -> Ten
     Raises:
         `ValueError`: Naming the sample, if the ids have another shape or are no experts of the model.
     """
+    if not isinstance(ids, (np.ndarray, Tensor)):
+        raise ValueError(
+            f"sample {sample}: `routed_experts` is a {type(ids).__name__}, expected a numpy.ndarray or torch.Tensor "
+            "of (rows, layers, top_k). Pass one array a sample."
+        )
     if ids.ndim != 3:
         raise ValueError(
             f"sample {sample}: `routed_experts` has {ids.ndim} dimensions, shape {tuple(ids.shape)}, expected 3: "
@@ -51,9 +56,10 @@ def to_record(ids: np.ndarray | Tensor, shape: RoutingShape, sample: int) -> Ten
     if isinstance(ids, np.ndarray):
         ids = torch.from_numpy(np.require(ids, requirements=["C", "W", "O"]))  # copies what the engine still owns
     try:
-        return pack(select_moe_layers(ids.cpu(), shape), shape, sample=sample)
+        selected = select_moe_layers(ids.cpu(), shape)
     except ValueError as error:
         raise ValueError(f"sample {sample}: {error}") from error
+    return pack(selected, shape, sample=sample)
 
 
 def capture(trainer: Any, replay: RouterReplay) -> AbstractContextManager[MakeTurn]:
