@@ -124,3 +124,19 @@ def test_padding_is_not_compared(qwen, padded):
     assert int(stats.changed_routers) == int(stats.changed_tokens) == 0
     assert int(stats.compared_tokens) == int(mask.sum()) < int(stats.recorded_tokens) == ids.numel()
     assert int(unmasked.changed_routers) > 0
+
+
+def test_a_constant_router_may_repeat_its_rows(qwen):
+    """A gate of zeros selects the same experts for every token: its own record is not stale, a part of it would be."""
+    ids = torch.arange(1, 41).reshape(2, 20)
+    varied = recorded(qwen, ids)
+    with torch.no_grad():
+        for layer in (1, 3):
+            qwen.model.layers[layer].mlp.gate.weight.zero_()
+    routes = recorded(qwen, ids)
+    assert torch.equal(routes, routes[:, :1].expand_as(routes))
+    enable_routing_replay(qwen)
+    assert torch.isfinite(qwen(ids, labels=ids, routed_experts=routes).loss)
+    varied[0, 4:16] = routes[0, :12]
+    with pytest.raises(ValueError, match="sample 0, .* row 4: 12 rows from here repeat"):
+        qwen(ids, labels=ids, routed_experts=varied)

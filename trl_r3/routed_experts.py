@@ -7,6 +7,7 @@ rows: its last token was sampled and never fed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 MISSING = -1  # in signed dtypes
 MISSING_UINT8 = 255  # in uint8, free while E <= 255
-_STALE_RUN = 8  # identical rows over all layers, for
+_STALE_RUN = 8  # identical rows over all layers at least, for
 _STALE_TOKENS = 4  # so many different tokens: an engine handed out a stale buffer
+_STALE_BITS = 64  # what a run has to repeat: a few layers with a few experts agree by chance
 
 
 @dataclass(frozen=True)
@@ -249,30 +251,34 @@ def check_stale(record: Tensor, tokens: Tensor | Sequence[int], shape: RoutingSh
             Index that errors name.
 
     Raises:
-        `ValueError`: If 8 consecutive rows agree in every layer although 4 different tokens or more were fed.
+        `ValueError`: If 8 consecutive rows (more where rows hold little) agree in every layer although 4 different
+        tokens or more were fed, and other rows of the sample differ.
     """
+    row_bits = len(shape.moe_layers) * math.log2(math.comb(shape.num_experts, shape.top_k))
+    run = max(_STALE_RUN, 1 + math.ceil(_STALE_BITS / max(row_bits, 1e-9)))
     rows = record.shape[0]
-    if rows < _STALE_RUN or not _repeats(record[:, 0, 0]):  # one id of each row rules most records out
+    if rows <= run or not _repeats(record[:, 0, 0], run):  # one id of each row rules most records out
         return
-    repeats_R = (record[1:] == record[:-1]).flatten(1).all(1) & (record[1:, 0, 0] != shape.missing)
-    runs = repeats_R.unfold(0, _STALE_RUN - 1, 1).all(1)  # run w: rows w .. w + _STALE_RUN - 1 are the same
-    token_runs = torch.as_tensor(tokens)[:rows].cpu().unfold(0, _STALE_RUN, 1)
-    for start in runs.cpu().nonzero()[:, 0].tolist():
-        fed = len(set(token_runs[start].tolist()))
-        if fed >= _STALE_TOKENS:
-            others = (~repeats_R[start:]).nonzero()
-            length = 1 + (int(others[0]) if len(others) else rows - 1 - start)
+    recorded_R = (record[:, 0, 0] != shape.missing).cpu()
+    changes_R = torch.ones(rows + 1, dtype=torch.bool)  # where a run of equal rows begins
+    changes_R[1:-1] = (record[1:] != record[:-1]).flatten(1).any(1).cpu()
+    starts = changes_R.nonzero()[:, 0].tolist()
+    tokens = torch.as_tensor(tokens).tolist()
+    for start, end in zip(starts, starts[1:], strict=False):
+        fed = len(set(tokens[start:end]))
+        # a router may be constant all along, a buffer is stale in part
+        if end - start >= run and fed >= _STALE_TOKENS and recorded_R[start] and end - start < int(recorded_R.sum()):
             raise ValueError(
-                f"{_place(shape, sample, 0, start)}: {length} rows from here repeat the same ids in all "
-                f"{len(shape.moe_layers)} MoE layers, although {fed} different tokens were fed in the first "
-                f"{_STALE_RUN}. The engine handed out stale rows: upgrade it, or drop the sample."
+                f"{_place(shape, sample, 0, start)}: {end - start} rows from here repeat the same ids in all "
+                f"{len(shape.moe_layers)} MoE layers, although {fed} different tokens were fed. The engine handed out "
+                f"stale rows: upgrade it, or drop the sample."
             )
 
 
-def _repeats(first_R: Tensor) -> bool:
+def _repeats(first_R: Tensor, run: int) -> bool:
     changed_R = np.diff(first_R.numpy(force=True).astype(np.int32)) != 0
     changes = np.flatnonzero(np.concatenate([[True], changed_R, [True]]))
-    return bool((np.diff(changes) >= _STALE_RUN).any())
+    return bool((np.diff(changes) >= run).any())
 
 
 def check_length(num_rows: int, num_tokens: int, sample: int) -> None:
