@@ -8,17 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_r3.routed_experts import (
-    RoutingShape,
-    align,
-    check_length,
-    check_rows,
-    check_stale,
-    missing_rows,
-    pack,
-    select_moe_layers,
-    unpack,
-)
+from trl_r3.record_checks import check_length, check_rows, check_stale
+from trl_r3.routed_experts import RoutingShape, align, missing_rows, pack, select_moe_layers, unpack
 
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]

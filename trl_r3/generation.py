@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .decoding import SampledLogProbs, check_decoding, prompt_mask, routed_positions, setting, without_compile
+from .replay_data import RecordedRoutes
 from .routed_experts import MISSING, RoutingShape, missing_rows
-from .router_replay import RecordedRoutes, RouterReplay
+from .router_replay import RouterReplay
 
 
 def enable_routing_replay(model: nn.Module) -> RouterReplay:

@@ -14,8 +14,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from .metrics import extreme_token_frac, k3_kl
+from .replay_data import ReplayStats
 from .rollout.turns import RolloutRecord
-from .router_replay import ReplayStats
 
 if TYPE_CHECKING:
     _Trainer = GRPOTrainer  # what the mixin calls on `self`

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
 from .._compat import swapped
-from ..router_replay import RecordedRoutes, RouterReplay
+from ..replay_data import RecordedRoutes
+from ..router_replay import RouterReplay
 
 
 class RecordedBatches:

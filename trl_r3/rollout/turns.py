@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..routed_experts import RoutingShape, align, check_length, check_rows, check_stale, missing_rows
+from ..record_checks import check_length, check_rows, check_stale
+from ..routed_experts import RoutingShape, align, missing_rows
 
 
 @dataclass
