@@ -114,13 +114,9 @@ class _Surface:
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         context, self.context = self.context, None
         if context is not None:
-            # without an output the forward has raised, and what it raised shall be seen
+            # without an output the forward has raised: that shall be seen, not that nothing was replayed
             failed = None if output is not None else RuntimeError("the forward failed")
-            try:
-                context.__exit__(type(failed) if failed else None, failed, None)
-            except RuntimeError:
-                if failed is None:
-                    raise
+            context.__exit__(failed and RuntimeError, failed, None)
 
     def generate(self, *args, output_routed_experts: bool = False, **kwargs):
         """`generate` of the model, plus `output_routed_experts` (`bool`, *optional*, defaults to `False`)."""

@@ -21,6 +21,7 @@ class UnsupportedRouterError(ValueError):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -68,7 +69,7 @@ def check_router(router: Router, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _foreign_selections(own_NK: Tensor, num_experts: int) -> Iterator[Tensor]:
-    """Rows of distinct ids that name every expert at least once, each row other than the router's own."""
+    """Rows of distinct ids that name every expert at least once."""
     tokens, top_k = own_NK.shape
     for start in range(0, num_experts, tokens * top_k):
         ids = torch.arange(start, start + tokens * top_k, device=own_NK.device).reshape(tokens, top_k) % num_experts
@@ -84,6 +85,7 @@ def _equal_outputs(one: Any, other: Any) -> bool:
 
 
 def refusal(router: Router, seen: str) -> UnsupportedRouterError:
+    """The error that names a router and says what was seen of it."""
     return UnsupportedRouterError(
         f"{router.name} ({type(router.module).__name__}, {router.top_k} of {router.num_experts} experts) cannot be "
         f"replayed: {seen}."
@@ -91,6 +93,7 @@ def refusal(router: Router, seen: str) -> UnsupportedRouterError:
 
 
 def same_ids(ids: Any, selected: Tensor) -> bool:
+    """Whether `ids` is a tensor of these selected ids, slot by slot, up to a flattened batch."""
     return (
         torch.is_tensor(ids)
         and not ids.is_floating_point()

@@ -66,6 +66,7 @@ class Finding:
 
 
 def large_model(settings: BenchSettings) -> Any:
+    """The Qwen3-MoE that costs are measured on, with random weights."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=1024,
@@ -93,10 +94,12 @@ def small_model() -> Any:
 
 
 def random_ids(model: Any, batch: int, length: int) -> Tensor:
+    """(B, T) input ids, the same at every call."""
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def record_of(model: Any, replay: RouterReplay, ids: Tensor) -> Tensor:
+    """(B, T, L, K) ids that the model selects in one forward."""
     with torch.no_grad(), replay.record() as recorded:
         model(input_ids=ids, use_cache=False)
     return recorded.routed_experts

@@ -102,6 +102,7 @@ def op_forward(x: Inputs, replay: bool, count_changed: bool, renormalize: bool =
 
 
 def op_backward(x: Inputs, renormalize: bool) -> torch.Tensor:
+    """Gradient of the logits by the raw op."""
     return torch.ops.trl_r3.gating_backward(x.grad, x.logits, x.ids, SOFTMAX, renormalize, 0.0, 1.0)
 
 
