@@ -21,8 +21,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from trl_r3 import R3GRPOConfig, R3GRPOTrainer
-from trl_r3.rollout.turns import Turn, stitch
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer, Turn, stitch
 
 MAX_TURNS = 4
 
@@ -80,7 +79,7 @@ def play(prompts: list[str], trainer: R3GRPOTrainer) -> dict[str, list]:
         while by_model[i][-1] == 0:
             del completion_ids[i][-1], logprobs[i][-1:], by_model[i][-1]
 
-    record = stitch(turns, prompt_ids, completion_ids, trainer.routing_replay.shape)
+    record = stitch(turns, prompt_ids, completion_ids, trainer.routing_replay.layout)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,

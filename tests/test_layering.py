@@ -14,19 +14,9 @@ import trl_r3
 PACKAGE = Path(trl_r3.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-# From the top down. A module may import what stands below its own line, and itself.
-LAYERS = [
-    ["cli", "demo", "report", "check", "bench", "__init__"],
-    ["r3_trainer", "r3_config", "replay_log", "other_trainers"],
-    ["rollout", "generation", "decoding", "metrics", "trace"],
-    ["router_replay"],
-    ["forward_pass", "discovery", "router_check", "gated_router"],
-    ["selection", "gating"],
-    ["replay_data"],
-    ["record_checks"],
-    ["routed_experts", "_compat"],
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+# The stations of the data, from the top down. A room may import what stands after it, and itself.
+ROOMS = ("cli", "trainers", "engines", "routers", "gating", "records")
+LEVEL = {"__init__": -1, **{room: level for level, room in enumerate(ROOMS)}, "_compat": len(ROOMS)}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -56,47 +46,71 @@ def rooms(modules: set[str]) -> set[str]:
     return {name.split(".")[1] for name in modules if name.startswith("trl_r3.")}
 
 
+def test_the_rooms_are_the_folders():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ROOMS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "_compat"}
+
+
+def upward(path: Path) -> set[str]:
+    """Rooms above its own that a file imports from."""
+    return {name for name in rooms(imported(path)) if name in LEVEL and LEVEL[name] < LEVEL[room_of(path)]}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=names(SOURCES))
 def test_imports_go_down(path):
-    room = room_of(path)
-    assert room in LEVEL, f"put {room} into a layer"
-    # public names of the package are what the layer on top may use
-    used = {name for name in rooms(imported(path)) if name in LEVEL and name != room}
-    level = LEVEL[room]
-    upward = {name for name in used if LEVEL[name] < level}
-    assert not upward, f"{room} imports {sorted(upward)} from above"
+    assert upward(path) == set()
 
 
-def test_the_walk_sees_imports():
+def test_the_walk_sees_imports(monkeypatch):
     """Or the test above could not fail."""
-    assert {"selection", "routed_experts"} <= rooms(imported(PACKAGE / "forward_pass.py"))
-    assert "router_replay" in rooms(imported(PACKAGE / "r3_trainer.py"))
-    assert "routed_experts" in rooms(imported(PACKAGE / "rollout" / "turns.py"))
-    assert {"r3_trainer", "router_replay"} <= rooms(imported(PACKAGE / "__init__.py"))
-    assert any(name.split(".")[0] == "trl" for name in imported(PACKAGE / "r3_trainer.py"))
+    assert {"records", "gating"} <= rooms(imported(PACKAGE / "routers" / "forward_pass.py"))
+    assert {"engines", "records", "routers"} <= rooms(imported(PACKAGE / "trainers" / "mixin.py"))
+    assert {"trainers", "routers"} <= rooms(imported(PACKAGE / "__init__.py"))
+    assert any(name.split(".")[0] == "trl" for name in imported(PACKAGE / "trainers" / "grpo.py"))
+    monkeypatch.setitem(LEVEL, "records", -1)
+    assert upward(PACKAGE / "routers" / "forward_pass.py") == {"records"}
 
 
 def tops(path):
     return {name.partition(".")[0] for name in imported(path)}
 
 
-BELOW = [path for path in SOURCES if LEVEL.get(room_of(path), 0) >= LEVEL["router_replay"]]
+TRL_MAY_BE_KNOWN_IN = {"cli", "trainers"}
+ENGINES_THAT_KNOW_TRL = {"vllm_engine"}
+WITHOUT_TRL = [
+    path for path in SOURCES if room_of(path) not in TRL_MAY_BE_KNOWN_IN and path.stem not in ENGINES_THAT_KNOW_TRL
+]
 
 
-@pytest.mark.parametrize("path", BELOW, ids=names(BELOW))
-def test_router_replay_and_below_know_nothing_of_trl(path):
-    assert not tops(path) & {"trl", "vllm", "sglang"}
+@pytest.mark.parametrize("path", WITHOUT_TRL, ids=names(WITHOUT_TRL))
+def test_only_trainers_know_trl(path):
+    if path.parent != PACKAGE:
+        assert not tops(path) & {"trl", "vllm", "sglang"}
 
 
 def test_pure_tensors():
-    """The record as data imports nothing but PyTorch."""
+    """The record as data imports nothing but PyTorch and NumPy."""
     standard = set(sys.stdlib_module_names)
-    assert tops(PACKAGE / "routed_experts.py") - standard == {"torch"}
-    assert tops(PACKAGE / "metrics.py") - standard == {"torch"}
+    for path in (PACKAGE / "records").glob("*.py"):
+        assert tops(path) - standard <= {"torch", "numpy", "trl_r3"}
+
+
+def test_public_names():
+    """Each exists, and nothing else is public; type checkers see the same names."""
+    for name in trl_r3.__all__:
+        assert getattr(trl_r3, name) is not None
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert sorted(alias.name for node in checked.body for alias in node.names) == trl_r3.__all__
+    assert set(trl_r3.__all__) <= set(dir(trl_r3))
+    with pytest.raises(AttributeError, match="no attribute 'R4Trainer'"):
+        trl_r3.R4Trainer  # noqa: B018
 
 
 def test_importing_the_package_does_not_import_trl():
-    code = "import sys, trl_r3; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys; from trl_r3 import enable_routing_replay; "
+    code += "print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"trl_r3", "torch", "transformers"} <= set(loaded.stdout.split())
     assert not {"trl", "vllm", "peft"} & set(loaded.stdout.split())

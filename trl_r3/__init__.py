@@ -1,35 +1,71 @@
 """Rollout Routing Replay (R3): train a mixture of experts through the experts that its rollouts used."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .gating import masked_topk_gating
-from .generation import disable_routing_replay, enable_routing_replay
-from .router_check import UnsupportedRouterError
-from .router_replay import RouterReplay
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .r3_config import R3GRPOConfig
-    from .r3_trainer import R3GRPOTrainer
+    from .engines.enabled_model import disable_routing_replay, enable_routing_replay
+    from .engines.payloads import decode_sglang, decode_vllm_http, decode_vllm_output
+    from .engines.turns import Turn, stitch
+    from .gating import GatingOutput, RowStatus, masked_topk_gating
+    from .records.layout import RoutingLayout
+    from .routers.router_replay import RouterReplay
+    from .routers.self_check import UnsupportedRouterError
+    from .trainers.gmpo import R3GMPOConfig, R3GMPOTrainer
+    from .trainers.grpo import R3GRPOConfig, R3GRPOTrainer
+    from .trainers.metrics import changed_router_frac, changed_token_frac, extreme_token_frac, k3_kl
+    from .trainers.rloo import R3RLOOConfig, R3RLOOTrainer
+
+# TRL takes seconds to import, and a model can be replayed without it
+_ROOMS = {
+    "engines.enabled_model": ("disable_routing_replay", "enable_routing_replay"),
+    "engines.payloads": ("decode_sglang", "decode_vllm_http", "decode_vllm_output"),
+    "engines.turns": ("Turn", "stitch"),
+    "gating": ("GatingOutput", "RowStatus", "masked_topk_gating"),
+    "records.layout": ("RoutingLayout",),
+    "routers.router_replay": ("RouterReplay",),
+    "routers.self_check": ("UnsupportedRouterError",),
+    "trainers.gmpo": ("R3GMPOConfig", "R3GMPOTrainer"),
+    "trainers.grpo": ("R3GRPOConfig", "R3GRPOTrainer"),
+    "trainers.metrics": ("changed_router_frac", "changed_token_frac", "extreme_token_frac", "k3_kl"),
+    "trainers.rloo": ("R3RLOOConfig", "R3RLOOTrainer"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "GatingOutput",
+    "R3GMPOConfig",
+    "R3GMPOTrainer",
     "R3GRPOConfig",
     "R3GRPOTrainer",
+    "R3RLOOConfig",
+    "R3RLOOTrainer",
     "RouterReplay",
+    "RoutingLayout",
+    "RowStatus",
+    "Turn",
     "UnsupportedRouterError",
+    "changed_router_frac",
+    "changed_token_frac",
+    "decode_sglang",
+    "decode_vllm_http",
+    "decode_vllm_output",
     "disable_routing_replay",
     "enable_routing_replay",
+    "extreme_token_frac",
+    "k3_kl",
     "masked_topk_gating",
+    "stitch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # TRL takes seconds to import, and a model can be replayed without it
-    if name == "R3GRPOConfig":
-        from .r3_config import R3GRPOConfig
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
 
-        return R3GRPOConfig
-    if name == "R3GRPOTrainer":
-        from .r3_trainer import R3GRPOTrainer
 
-        return R3GRPOTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

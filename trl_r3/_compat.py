@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+_EXTRA_FIELDS = 5  # prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, ...
 
 
 def in_backward() -> bool:
@@ -15,16 +17,16 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def checkpoint_function_name(module: nn.Module) -> str | None:
+def checkpoint_functions(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Callable]]:
     """
-    Name of the attribute through which `module` calls activation checkpointing, or `None`.
+    The functions through which modules call activation checkpointing: module, attribute, function.
 
     Transformers keeps it in `_gradient_checkpointing_func`, the wrapper of `torch.distributed` (FSDP's
     `activation_checkpointing`) in `checkpoint_fn`. Goes when checkpointing takes a context that its recompute
     re-enters in both of its variants; `context_fn` exists for the non-reentrant one only.
     """
     names = ("_gradient_checkpointing_func", "checkpoint_fn")
-    return next((name for name in names if callable(module.__dict__.get(name))), None)
+    return [(m, name, m.__dict__[name]) for m in modules for name in names if name in m.__dict__]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -54,6 +56,15 @@ def adapters_are_off(model: nn.Module) -> bool:
     if "ref" in model.active_adapters:
         return True
     return any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in model.modules())
+
+
+def extra_fields(generated: tuple) -> dict[str, Any]:
+    """
+    What a `rollout_func` returned beside tokens and log-probabilities, in the output of TRL's `_generate`.
+
+    It is a plain tuple, of eight values in GRPO and fewer in RLOO. Goes when TRL names its values.
+    """
+    return generated[_EXTRA_FIELDS]
 
 
 @contextmanager

@@ -151,13 +151,13 @@ struct Problem {
   int64_t num_tokens;
   int32_t logit_type, weights_type, id_type, score, renormalize;
   float eps, scale;
-  int32_t num_experts, top_k, n_group, topk_group, group_max;
+  int32_t num_experts, top_k, n_group, topk_group, group_max, compare_live;
   const void* logits;
   const void* recorded;
   const float* bias;
   void* weights;  // in the backward the incoming gradient
   int64_t* expert_ids;
-  int64_t* stats;
+  uint8_t* status;
   void* grad_logits;
 
   Formula<float> formula() const { return {Score(score), renormalize != 0, eps, scale}; }
@@ -165,7 +165,7 @@ struct Problem {
 
 template <class Logit>
 bool forward(const Problem& p, bool fast) {
-  const Selection select{p.num_experts, p.top_k, p.n_group, p.topk_group, p.group_max != 0, true};
+  const Selection select{p.num_experts, p.top_k, p.n_group, p.topk_group, p.group_max != 0, p.compare_live != 0};
   const Real type = Real(p.weights_type);
   const Id id_type = Id(p.id_type);
   for (int64_t row = 0; row < p.num_tokens; ++row) {
@@ -173,29 +173,28 @@ bool forward(const Problem& p, bool fast) {
     std::vector<int32_t> key(select.num_experts, 7), group(select.n_group, 7), id(select.top_k, 7);
     std::vector<float> value(select.top_k, 7.0f);
     const Scratch<float> scratch{key.data(), group.data(), value.data(), id.data()};
-    RowResult results[32];
+    RowStatus status[32];
     Group lanes(fast ? 4 : 32, unsigned(row) + 1);
     const bool together = lanes.run([&](int lane) {
       if constexpr (sizeof(Logit) == 2) {
         const Lane<4> quad{&lanes, lane};
         if (fast && p.top_k <= 8) {
-          results[lane] = gate_row16<8>(quad, row, x, p.recorded, id_type, p.formula(), select, p.weights, type,
-                                        p.expert_ids);
+          status[lane] = gate_row16<8>(quad, row, x, p.recorded, id_type, p.formula(), select, p.weights, type,
+                                       p.expert_ids);
         } else if (fast) {
-          results[lane] = gate_row16<16>(quad, row, x, p.recorded, id_type, p.formula(), select, p.weights, type,
-                                         p.expert_ids);
+          status[lane] = gate_row16<16>(quad, row, x, p.recorded, id_type, p.formula(), select, p.weights, type,
+                                        p.expert_ids);
         }
       }
       if (fast) return;
-      results[lane] = gate_row(Lane<32>{&lanes, lane}, row, x, p.recorded, id_type, p.bias, p.formula(), select,
-                               scratch, p.weights, type, p.expert_ids);
+      status[lane] = gate_row(Lane<32>{&lanes, lane}, row, x, p.recorded, id_type, p.bias, p.formula(), select,
+                              scratch, p.weights, type, p.expert_ids);
     });
     if (!together) return false;
     for (int lane = 1; lane < (fast ? 4 : 32); ++lane) {
-      if (results[lane].kind != results[0].kind || results[lane].changed != results[0].changed) return false;
+      if (status[lane] != status[0]) return false;
     }
-    if (results[0].kind != kLive) ++p.stats[results[0].kind];
-    p.stats[3] += results[0].changed;
+    p.status[row] = status[0];
   }
   return true;
 }

@@ -6,7 +6,7 @@ from gating_oracle import Case, Tied, TiedRecord, cases, check_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_r3.gating import GatingOutput, GatingStats, masked_topk_gating, masked_topk_gating_ref
+from trl_r3.gating import GatingOutput, RowStatus, masked_topk_gating, masked_topk_gating_ref
 
 TWINS = {"op": masked_topk_gating, "ref": masked_topk_gating_ref}
 
@@ -52,18 +52,18 @@ def wrong_masked_probabilities(logits, top_k, recorded, **options):
     live = masked_topk_gating_ref(logits, top_k, **options).expert_ids
     alive = (out.expert_ids.unsqueeze(-1) == live.unsqueeze(-2)).any(-1)
     weights = out.weights * alive
-    return GatingOutput(weights / weights.sum(-1, keepdim=True).clamp(min=1e-9), out.expert_ids, out.stats)
+    return GatingOutput(weights / weights.sum(-1, keepdim=True).clamp(min=1e-9), out.expert_ids, out.status)
 
 
 def wrong_ties(logits, top_k, recorded, **options):
     out = masked_topk_gating_ref(logits.flip(-1), top_k, None, **options)
-    return GatingOutput(out.weights, logits.shape[1] - 1 - out.expert_ids, out.stats)
+    return GatingOutput(out.weights, logits.shape[1] - 1 - out.expert_ids, out.status)
 
 
 def wrong_slot_order(logits, top_k, recorded, **options):
     out = masked_topk_gating_ref(logits, top_k, recorded, **options)
     order = out.weights.argsort(dim=-1, descending=True)
-    return GatingOutput(out.weights.gather(1, order), out.expert_ids.gather(1, order), out.stats)
+    return GatingOutput(out.weights.gather(1, order), out.expert_ids.gather(1, order), out.status)
 
 
 def wrong_half_rows(logits, top_k, recorded, **options):
@@ -75,15 +75,22 @@ def wrong_biased_weights(logits, top_k, recorded, **options):
     out = masked_topk_gating_ref(logits, top_k, recorded, **options)
     scores = logits.sigmoid() + bias
     weights = scores.gather(1, out.expert_ids)
-    return GatingOutput(weights / weights.sum(-1, keepdim=True), out.expert_ids, out.stats)
+    return GatingOutput(weights / weights.sum(-1, keepdim=True), out.expert_ids, out.status)
 
 
-def wrong_changed_as_lists(logits, top_k, recorded, **options):
+def wrong_differs_as_lists(logits, top_k, recorded, **options):
     out = masked_topk_gating_ref(logits, top_k, recorded, **options)
     live = masked_topk_gating_ref(logits, top_k, **options).expert_ids
-    stats = out.stats.clone()
-    stats[3] = (live != out.expert_ids).any(-1).sum()
-    return GatingOutput(out.weights, out.expert_ids, stats)
+    return GatingOutput(out.weights, out.expert_ids, (live != out.expert_ids).any(-1).to(torch.uint8))
+
+
+def wrong_compared_unasked(logits, top_k, recorded, **options):
+    return masked_topk_gating_ref(logits, top_k, recorded, **options | {"compare_live": True})
+
+
+def wrong_invalid_as_missing(logits, top_k, recorded, **options):
+    out = masked_topk_gating_ref(logits, top_k, recorded, **options)
+    return GatingOutput(out.weights, out.expert_ids, out.status.clamp(max=RowStatus.MISSING))
 
 
 class Own(Case):
@@ -101,7 +108,9 @@ WRONG = [
     (wrong_slot_order, Case()),
     (wrong_half_rows, Case()),
     (wrong_biased_weights, Case(with_bias=True, options={"score": "sigmoid"})),
-    (wrong_changed_as_lists, Own()),
+    (wrong_differs_as_lists, Own()),
+    (wrong_compared_unasked, Case(options={"compare_live": False})),
+    (wrong_invalid_as_missing, Case()),
 ]
 
 
@@ -176,17 +185,29 @@ def test_replaying_the_own_selection_changes_no_bit(gating):
     live = gating(logits, 4)
     again = gating(logits, 4, live.expert_ids)
     assert torch.equal(live.weights, again.weights)
-    assert GatingStats(*again.stats.tolist()) == GatingStats(24, 0, 0, 0)
+    assert (again.status == RowStatus.AS_RECORDED).all()
     grads = [torch.autograd.grad(out.weights[:, 0].sum(), logits)[0] for out in (live, again)]
     assert torch.equal(*grads)
 
 
-def test_stats_name_themselves(gating):
-    recorded = torch.tensor([[0, 1], [3, 2], [-1, -1], [-1, 0], [1, 1], [4, 0], [-7, 0]])
-    out = gating(torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(7, 4), 2, recorded)
-    assert GatingStats(*out.stats.tolist()) == GatingStats(recorded=2, missing=2, invalid=3, changed=1)
-    assert out.expert_ids.tolist() == [[0, 1], [3, 2]] + [[0, 1]] * 5
-    assert gating(torch.zeros(3, 4), 2).stats.tolist() == [0, 0, 0, 0]
+def test_every_row_has_its_status(gating):
+    recorded = torch.tensor([[0, 1], [1, 0], [3, 2], [-1, -1], [-1, 0], [1, 1], [4, 0], [-7, 0], [9, -1]])
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(9, 4)
+    same, differs, missing, invalid = RowStatus
+    expected = [same, same, differs, missing, missing, invalid, invalid, invalid, missing]
+    out = gating(logits, 2, recorded)
+    assert out.status.dtype == torch.uint8
+    assert out.status.tolist() == expected == [0, 0, 1, 2, 2, 3, 3, 3, 2]
+    assert out.expert_ids.tolist() == [[0, 1], [1, 0], [3, 2]] + [[0, 1]] * 6
+    uncompared = gating(logits, 2, recorded, compare_live=False)
+    assert uncompared.status.tolist() == [0, 0, 0, 2, 2, 3, 3, 3, 2]
+    assert torch.equal(uncompared.expert_ids, out.expert_ids)
+    assert torch.equal(uncompared.weights, out.weights)
+
+
+def test_without_a_record_every_status_is_zero(gating):
+    for compare_live in (True, False):
+        assert gating(torch.zeros(3, 4), 2, compare_live=compare_live).status.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

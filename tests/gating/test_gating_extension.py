@@ -9,6 +9,8 @@ import pytest
 import setuptools
 from gating_build import ROOT, TESTS, copy_source, environment, run
 
+from trl_r3.gating.native import MARKER
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -53,6 +55,34 @@ def test_the_kernels_pass_the_tests_of_the_op(site, file):
     pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
     passed = run(pytest_run, env=environment(site), cwd=site, timeout=300)
     assert "skipped" not in passed
+
+
+STALE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import trl_r3.gating as g
+(warning,) = (w for w in caught if issubclass(w.category, RuntimeWarning))
+assert "were built for another version of the op" in str(warning.message), warning.message
+assert "TRL_R3_BUILD=cpu|cuda pip install --no-build-isolation" in str(warning.message), warning.message
+assert g.native_kernels() == ()
+import torch
+logits, recorded = torch.randn(8, 32), torch.arange(32).view(8, 4) - 1
+got, expected = g.masked_topk_gating(logits, 4, recorded), g.masked_topk_gating_ref(logits, 4, recorded)
+assert all(map(torch.equal, got, expected))
+"""
+
+
+@pytest.mark.parametrize("marker", [MARKER.replace(b" 1;", b" 0;"), bytes(len(MARKER))], ids=["another", "none"])
+def test_kernels_of_another_version_are_not_loaded(site, tmp_path, marker):
+    shutil.copytree(site / "trl_r3" / "gating", tmp_path / "trl_r3" / "gating")
+    (tmp_path / "trl_r3" / "__init__.py").write_text("")
+    library = tmp_path / "trl_r3" / "gating" / "_C.abi3.so"
+    built = library.read_bytes()
+    assert built.count(MARKER) == 1
+    assert marker != MARKER
+    library.write_bytes(built.replace(MARKER, marker))
+    run([sys.executable, "-c", STALE], env=environment(tmp_path), cwd=tmp_path, timeout=120)
 
 
 def build_arguments(monkeypatch, target):

@@ -59,7 +59,7 @@ def test_bias_receives_no_gradient():
     logits, bias = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     out = masked_topk_gating(logits, 2, score="sigmoid", bias=bias)
     assert not out.expert_ids.requires_grad
-    assert not out.stats.requires_grad
+    assert not out.status.requires_grad
     out.weights.square().sum().backward()
     assert bias.grad is None
     assert logits.grad is not None

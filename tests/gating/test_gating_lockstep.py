@@ -33,10 +33,11 @@ class Problem(ctypes.Structure):
         [("num_tokens", ctypes.c_int64)]
         + [(name, ctypes.c_int32) for name in ("logit_type", "weights_type", "id_type", "score", "renormalize")]
         + [("eps", ctypes.c_float), ("scale", ctypes.c_float)]
-        + [(name, ctypes.c_int32) for name in ("num_experts", "top_k", "n_group", "topk_group", "group_max")]
+        + [(name, ctypes.c_int32) for name in ("num_experts", "top_k", "n_group", "topk_group")]
+        + [(name, ctypes.c_int32) for name in ("group_max", "compare_live")]
         + [
             (name, ctypes.c_void_p)
-            for name in ("logits", "recorded", "bias", "weights", "expert_ids", "stats", "grad_logits")
+            for name in ("logits", "recorded", "bias", "weights", "expert_ids", "status", "grad_logits")
         ]
     )
 
@@ -79,6 +80,7 @@ def problem(logits, top_k, expert_ids, weights, options, **tensors):
         n_group=options["n_group"],
         topk_group=options["topk_group"],
         group_max=options["group_score"] == "max",
+        compare_live=options["compare_live"],
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
 
@@ -88,12 +90,12 @@ def lockstep_gating(library, fast):
         num_tokens = logits.shape[0]
         weights = torch.zeros(num_tokens, top_k, dtype=logits.dtype).share_memory_()
         expert_ids = torch.zeros(num_tokens, top_k, dtype=torch.int64).share_memory_()
-        stats = torch.zeros(4, dtype=torch.int64).share_memory_()
+        status = torch.full((num_tokens,), 7, dtype=torch.uint8).share_memory_()
         recorded = None if recorded is None else recorded.contiguous()
         bias = None if options["bias"] is None else options["bias"].float()
-        case = problem(logits, top_k, expert_ids, weights, options, recorded=recorded, bias=bias, stats=stats)
+        case = problem(logits, top_k, expert_ids, weights, options, recorded=recorded, bias=bias, status=status)
         in_child(library.lockstep_forward, ctypes.byref(case), int(fast))
-        return GatingOutput(weights, expert_ids, stats)
+        return GatingOutput(weights, expert_ids, status)
 
     return gating
 

@@ -9,7 +9,7 @@ import torch
 from gating_oracle import Case, cases
 
 from trl_r3.gating import masked_topk_gating, masked_topk_gating_ref, native_kernels
-from trl_r3.gating.native import load_native_kernels
+from trl_r3.gating.native import MARKER, OPS_VERSION, load_native_kernels
 
 TWINS = {"op": masked_topk_gating, "ref": masked_topk_gating_ref}
 
@@ -26,7 +26,7 @@ def raw_arguments(case):
     select = (options["n_group"], options["topk_group"], options["group_score"] == "max")
     recorded = None if case.ids is None else case.recorded().contiguous()
     forward = (case.logits(), case.top_k, recorded, options["bias"], *formula[:2], *select, *formula[2:])
-    return (*forward, case.dtype, True), formula
+    return (*forward, case.dtype, options["compare_live"]), formula
 
 
 @pytest.mark.parametrize("case", cases()[::5], ids=str)
@@ -40,24 +40,26 @@ def test_opcheck(case):
 @pytest.mark.parametrize(
     ("score", "backend"), [("softmax", "aot_eager"), ("sigmoid", "aot_eager"), ("softmax", "inductor")]
 )
-def test_compiles_into_one_graph(score, backend):
+def test_compiles_into_one_graph(score, backend, monkeypatch, tmp_path):
     if backend == "inductor" and shutil.which("c++") is None:
         pytest.skip("inductor needs a C++ compiler (c++), which is not on this machine")
     torch.compiler.reset()
+    # The key of a graph on disk does not tell ops of one name apart.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     case = Case()
 
     def step(logits, recorded):
         out = masked_topk_gating(logits * 2, 4, recorded, score=score)
-        return out.weights.square().sum(), out.expert_ids, out.stats
+        return out.weights.square().sum(), out.expert_ids, out.status
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for num_tokens in (24, 17):
         results = []
         for run in (step, compiled):
             logits = case.logits()[:num_tokens].requires_grad_()
-            loss, ids, stats = run(logits, case.recorded()[:num_tokens])
+            loss, ids, status = run(logits, case.recorded()[:num_tokens])
             loss.backward()
-            results.append((loss.detach(), ids, stats, logits.grad))
+            results.append((loss.detach(), ids, status, logits.grad))
         for eager, graph in zip(*results, strict=True):
             torch.testing.assert_close(eager, graph)
 
@@ -74,7 +76,7 @@ def test_any_layout_and_no_rows(gating):
     leaf = torch.zeros(0, 16, requires_grad=True)
     empty = gating(leaf, 4, recorded[:0])
     assert empty.weights.shape == empty.expert_ids.shape == (0, 4)
-    assert empty.stats.tolist() == [0, 0, 0, 0]
+    assert empty.status.shape == (0,)
     empty.weights.sum().backward()
     assert leaf.grad.shape == (0, 16)
 
@@ -123,13 +125,28 @@ def test_bad_input_is_named(gating, error, message, call):
 
 def test_an_extension_that_does_not_load_costs_one_warning(tmp_path):
     broken = tmp_path / "_C.abi3.so"
-    broken.write_bytes(b"no library")
+    broken.write_bytes(b"no library" + MARKER)
     before = native_kernels()
     with pytest.warns(RuntimeWarning, match="cannot be loaded with torch") as caught:
         load_native_kernels(broken)
     assert len(caught) == 1
     assert native_kernels() == before
     load_native_kernels(tmp_path / "absent.so")
+
+
+VERSION_1 = """
+trl_r3::gating_forward(Tensor logits, int top_k, Tensor? recorded, Tensor? bias, int score, bool renormalize,
+ int n_group, int topk_group, bool group_max, float eps, float scale, ScalarType weights_dtype, bool compare_live)
+ -> (Tensor weights, Tensor expert_ids, Tensor status)
+trl_r3::gating_backward(Tensor grad_weights, Tensor logits, Tensor expert_ids, int score, bool renormalize,
+ float eps, float scale) -> Tensor
+"""
+
+
+def test_another_schema_needs_another_version():
+    schemas = [str(op.default._schema) for op in (torch.ops.trl_r3.gating_forward, torch.ops.trl_r3.gating_backward)]
+    expected = VERSION_1.replace("\n ", " ").split("\n")[1:3]
+    assert (OPS_VERSION, schemas) == (1, expected), "raise OPS_VERSION, here and in native.py and gating_cpu.cpp"
 
 
 def test_import_compiles_nothing_and_reads_no_environment():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from trl_r3.rollout import decode_vllm_http, decode_vllm_output, vllm_engine_kwargs
+from trl_r3 import decode_vllm_http, decode_vllm_output
+from trl_r3.engines.vllm_versions import vllm_engine_kwargs
 
 pytestmark = pytest.mark.vllm
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from rollout.tiny_chat import VOCAB, WatchedGRPO, conversations, make_tokenizer, make_trainer
-from rollout.watch import assert_nothing_missing, assert_replayed, wrong_rows
+from engines.tiny_chat import VOCAB, WatchedGRPO, conversations, make_tokenizer, make_trainer
+from engines.watch import assert_nothing_missing, assert_replayed, wrong_rows
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from trl_r3.rollout.turns import stitch
+from trl_r3 import stitch
 
 pytestmark = pytest.mark.vllm
 
@@ -303,7 +303,7 @@ def guess_twice(prompts, trainer):
         "completion_ids": completion_ids,
         "logprobs": [[*a, 0.0, 0.0, *b] for a, b in zip(one, two, strict=True)],
         "env_mask": [[1] * len(a) + [0, 0] + [1] * len(b) for a, b in both],
-        "routed_experts": stitch([first, second], prompt_ids, completion_ids, trainer.routing_replay.shape).records,
+        "routed_experts": stitch([first, second], prompt_ids, completion_ids, trainer.routing_replay.layout).records,
     }
 
 

@@ -3,41 +3,42 @@
 Shape legend: T tokens, E experts, K experts per token.
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
+
+from ..records.layout import MISSING_UINT8
 
 SCORES = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")
 LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-MISSING = -1
-MISSING_UINT8 = 255
 
 
-class GatingStats(NamedTuple):
+class RowStatus(IntEnum):
     """
-    Names of the four counts in [`GatingOutput`]'s `stats`, in order.
+    Values of [`GatingOutput`]'s `status`: what became of a row.
 
-    `GatingStats(*output.stats.tolist())` gives them as integers, at the price of one synchronisation with the device;
-    `GatingStats(*output.stats)` gives them as 0-d tensors, without one.
+    `(output.status == RowStatus.INVALID).sum()` counts rows on the device, without a synchronisation.
 
     Args:
-        recorded (`int`):
-            Rows that went through their recorded experts.
-        missing (`int`):
-            Rows that hold the missing mark and went live.
-        invalid (`int`):
-            Rows whose record is neither missing nor K distinct ids in [0, E). They went live as well: an id that no
-            expert has is never used to read anything, and the caller decides whether the count is an error.
-        changed (`int`):
-            Recorded rows whose live selection is another set of experts.
+        AS_RECORDED (`0`):
+            Went through its recorded experts, and the live selection is the same set. Where no record is given, or
+            where the live selection is not compared, nothing is said of the live selection.
+        DIFFERS_LIVE (`1`):
+            Went through its recorded experts, and the live selection is another set.
+        MISSING (`2`):
+            Holds the missing mark and went live.
+        INVALID (`3`):
+            Neither missing nor K distinct ids in [0, E). It went live as well: an id that no expert has is never used
+            to read anything, and the caller decides whether the row is an error.
     """
 
-    recorded: int
-    missing: int
-    invalid: int
-    changed: int
+    AS_RECORDED = 0
+    DIFFERS_LIVE = 1
+    MISSING = 2
+    INVALID = 3
 
 
 class GatingOutput(NamedTuple):
@@ -50,14 +51,13 @@ class GatingOutput(NamedTuple):
         expert_ids (`torch.Tensor`):
             (T, K) int64. A recorded row keeps the order of its slots; a live row is sorted by descending selection
             score, lowest id first on ties.
-        stats (`torch.Tensor`):
-            (4,) int64 on the logits' device, in the order of [`GatingStats`]. recorded + missing + invalid = T where
-            a record is given; all zero where none is. Counts of several calls add up.
+        status (`torch.Tensor`):
+            (T,) uint8 on the logits' device, one [`RowStatus`] per row; all zero where no record is given.
     """
 
     weights: torch.Tensor
     expert_ids: torch.Tensor
-    stats: torch.Tensor
+    status: torch.Tensor
 
 
 def check_gating_arguments(

@@ -17,30 +17,34 @@ CUDA_MAX_EXPERTS = 1024
 CUDA_MAX_TOP_K = 32
 CUDA_MAX_GROUPS = 32
 
+_native_forward = torch.ops.trl_r3.gating_forward.default
+_native_backward = torch.ops.trl_r3.gating_backward.default
+
 
 class _MaskedTopkGating(torch.autograd.Function):
-    """Keeps the logits and the ids for the backward: everything else is cheaper to compute again."""
+    """
+    Keeps the logits and the ids for the backward: everything else is cheaper to compute again.
+
+    `problem` is what the raw forward takes after the logits, `formula` what the raw backward takes after the ids, with
+    `native` before it. They are tuples because each argument of `apply` costs time on the host, as would marking the
+    ids and the status, whose dtypes have no gradient, as not differentiable.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, formula: tuple, native: bool, *selection: Any) -> Any:
-        forward = torch.ops.trl_r3.gating_forward.default if native else gating_forward_torch
-        top_k, recorded, bias, n_group, topk_group, group_max, weights_dtype = selection
-        score, renormalize, eps, scale = formula
-        weights, expert_ids, stats = forward(
-            logits, top_k, recorded, bias, score, renormalize, n_group, topk_group, group_max, eps, scale,
-            weights_dtype, True,
-        )  # fmt: skip
-        ctx.mark_non_differentiable(expert_ids, stats)
+    def forward(ctx: Any, logits: torch.Tensor, problem: tuple, formula: tuple) -> Any:
+        native = formula[0]
+        weights, expert_ids, status = (_native_forward if native else gating_forward_torch)(logits, *problem)
         ctx.save_for_backward(logits, expert_ids)
-        ctx.formula, ctx.native = formula, native
-        return weights, expert_ids, stats
+        ctx.formula = formula
+        return weights, expert_ids, status
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_weights: torch.Tensor, *_: Any) -> Any:
         logits, expert_ids = ctx.saved_tensors
-        backward = torch.ops.trl_r3.gating_backward.default if ctx.native else gating_backward_torch
-        return backward(grad_weights.contiguous(), logits, expert_ids, *ctx.formula), *(None,) * 9
+        native, *formula = ctx.formula
+        backward = _native_backward if native else gating_backward_torch
+        return backward(grad_weights.contiguous(), logits, expert_ids, *formula), None, None
 
 
 def _kernels_cover(logits: torch.Tensor, top_k: int, n_group: int) -> bool:
@@ -69,15 +73,16 @@ def masked_topk_gating(
     eps: float = 0.0,
     scale: float = 1.0,
     weights_dtype: torch.dtype | None = None,
+    compare_live: bool = True,
 ) -> GatingOutput:
     """
     Gate of a mixture-of-experts layer whose selection may be given.
 
     A row of `recorded` that holds K distinct ids in [0, E) is executed as it stands. A row that holds the missing mark
-    in any slot, and any other row, takes the live top-k; `stats` counts the three kinds. Weights are computed from the
-    live logits of the executed experts, so gradients reach the router (equation of "Stabilizing MoE Reinforcement
-    Learning by Aligning Training and Inference Routers", arXiv 2510.11370, for `score="softmax"`; the others replace
-    the score and keep the rest).
+    in any slot, and any other row, takes the live top-k; `status` says of every row which it was. Weights are computed
+    from the live logits of the executed experts, so gradients reach the router (equation of "Stabilizing MoE
+    Reinforcement Learning by Aligning Training and Inference Routers", arXiv 2510.11370, for `score="softmax"`; the
+    others replace the score and keep the rest).
 
     Bias and groups take part in the live selection only (auxiliary-loss-free balancing and group-limited routing of
     DeepSeek-V3, arXiv 2412.19437): selection compares score + bias, weights use the score alone.
@@ -111,10 +116,13 @@ def masked_topk_gating(
             Factor on the weights, after renormalisation.
         weights_dtype (`torch.dtype`, *optional*, defaults to the dtype of the logits):
             dtype of the returned weights.
+        compare_live (`bool`, *optional*, defaults to `True`):
+            Compare the recorded experts with the live selection. Without it no row is `DIFFERS_LIVE`, and the compiled
+            kernels make no live selection for a recorded row.
 
     Returns:
-        [`GatingOutput`]: weights (T, K), expert_ids (T, K) int64, stats (4,) int64 on the logits' device. Nothing
-        waits for the device. Double backward is not supported.
+        [`GatingOutput`]: weights (T, K), expert_ids (T, K) int64, status (T,) uint8 of [`RowStatus`], on the logits'
+        device. Nothing waits for the device. Double backward is not supported.
 
     Raises:
         ValueError: a shape, size, device or name that does not fit.
@@ -125,24 +133,21 @@ def masked_topk_gating(
     ```python
     >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     >>> out = masked_topk_gating(logits, 2, torch.tensor([[3, 0]]))
-    >>> out.expert_ids.tolist(), GatingStats(*out.stats.tolist())
-    ([[3, 0]], GatingStats(recorded=1, missing=0, invalid=0, changed=1))
+    >>> out.expert_ids.tolist(), RowStatus(out.status.item())
+    ([[3, 0]], <RowStatus.DIFFERS_LIVE: 1>)
     ```
     """
     check_gating_arguments(
         router_logits, top_k, recorded, score, bias, n_group, topk_group, group_score, eps, weights_dtype
     )
-    formula = (SCORES.index(score), renormalize, float(eps), float(scale))
-    weights, expert_ids, stats = _MaskedTopkGating.apply(
-        router_logits.contiguous(),
-        formula,
-        _kernels_cover(router_logits, top_k, n_group),
-        top_k,
-        None if recorded is None else recorded.contiguous(),
-        None if bias is None else bias.detach().to(compute_dtype(router_logits.dtype)).contiguous(),
-        n_group,
-        topk_group,
-        group_score == "max",
-        weights_dtype or router_logits.dtype,
-    )
-    return GatingOutput(weights, expert_ids, stats)
+    if recorded is not None:
+        recorded = recorded.contiguous()
+    if bias is not None:
+        bias = bias.detach().to(compute_dtype(router_logits.dtype)).contiguous()
+    score_index = SCORES.index(score)
+    problem = (
+        top_k, recorded, bias, score_index, renormalize, n_group, topk_group, group_score == "max", eps, scale,
+        weights_dtype or router_logits.dtype, compare_live,
+    )  # fmt: skip
+    formula = (_kernels_cover(router_logits, top_k, n_group), score_index, renormalize, eps, scale)
+    return GatingOutput(*_MaskedTopkGating.apply(router_logits.contiguous(), problem, formula))

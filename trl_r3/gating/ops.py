@@ -20,8 +20,8 @@ from .reference import (
 torch.library.define(
     "trl_r3::gating_forward",
     "(Tensor logits, int top_k, Tensor? recorded, Tensor? bias, int score, bool renormalize, int n_group, "
-    "int topk_group, bool group_max, float eps, float scale, ScalarType weights_dtype, bool count_changed) "
-    "-> (Tensor, Tensor, Tensor)",
+    "int topk_group, bool group_max, float eps, float scale, ScalarType weights_dtype, bool compare_live) "
+    "-> (Tensor weights, Tensor expert_ids, Tensor status)",
 )
 torch.library.define(
     "trl_r3::gating_backward",
@@ -43,18 +43,16 @@ def gating_forward_torch(
     eps: float,
     scale: float,
     weights_dtype: torch.dtype,
-    count_changed: bool,
+    compare_live: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PyTorch kernel of the forward: (T, K) weights, (T, K) ids, (4,) stats. `count_changed` costs nothing here."""
+    """PyTorch kernel of the forward: (T, K) weights, (T, K) ids, (T,) status."""
     logits_TE = logits.to(compute_dtype(logits.dtype))
     live_TK = select_live(
         logits_TE, top_k, SCORES[score], bias, n_group, topk_group, GROUP_SCORES[1 if group_max else 0]
     )
-    expert_ids_TK, stats = choose_experts(live_TK, recorded, logits.shape[1])
-    if not count_changed:
-        stats[3] = 0
+    expert_ids_TK, status_T = choose_experts(live_TK, recorded, logits.shape[1], compare_live)
     weights_TK = gate_weights(logits_TE, expert_ids_TK, SCORES[score], renormalize, eps, scale)
-    return weights_TK.to(weights_dtype), expert_ids_TK, stats
+    return weights_TK.to(weights_dtype), expert_ids_TK, status_T
 
 
 def gating_backward_torch(
@@ -114,13 +112,25 @@ torch.library.impl("trl_r3::gating_backward", "CompositeExplicitAutograd", gatin
 
 @torch.library.register_fake("trl_r3::gating_forward")
 def _gating_forward_fake(
-    logits, top_k, recorded, bias, score, renormalize, n_group, topk_group, group_max, eps, scale, weights_dtype, count
+    logits,
+    top_k,
+    recorded,
+    bias,
+    score,
+    renormalize,
+    n_group,
+    topk_group,
+    group_max,
+    eps,
+    scale,
+    weights_dtype,
+    compare,
 ):
     num_tokens = logits.shape[0]
     return (
         logits.new_empty((num_tokens, top_k), dtype=weights_dtype),
         logits.new_empty((num_tokens, top_k), dtype=torch.int64),
-        logits.new_empty((4,), dtype=torch.int64),
+        logits.new_empty((num_tokens,), dtype=torch.uint8),
     )
 
 

@@ -6,7 +6,10 @@ Shape legend: T tokens, E experts, K experts per token, G groups of M = E / G ex
 import torch
 import torch.nn.functional as F
 
-from .contract import MISSING, MISSING_UINT8, GatingOutput, check_gating_arguments
+from ..records.agreement import changed_layers
+from ..records.checks import sound_rows
+from ..records.layout import MISSING, MISSING_UINT8
+from .contract import GatingOutput, RowStatus, check_gating_arguments
 
 # Below this logit sqrt(softplus(x)) is exp(x / 2) in double precision, and the direct form soon has no gradient left.
 SQRTSOFTPLUS_TAIL = -40.0
@@ -84,24 +87,22 @@ def classify_record(
     missing_mark = MISSING_UINT8 if recorded_TK.dtype == torch.uint8 else MISSING
     missing_T = (recorded_TK == missing_mark).any(-1)
     ids_TK = recorded_TK.long()
-    in_range_T = ((ids_TK >= 0) & (ids_TK < num_experts)).all(-1)
-    sorted_TK = ids_TK.sort(dim=-1).values
-    distinct_T = (sorted_TK[:, 1:] != sorted_TK[:, :-1]).all(-1)
-    recorded_T = in_range_T & distinct_T & ~missing_T
+    recorded_T = sound_rows(ids_TK, num_experts) & ~missing_T
     return ids_TK, recorded_T, missing_T, ~(recorded_T | missing_T)
 
 
 def choose_experts(
-    live_TK: torch.Tensor, recorded_TK: torch.Tensor | None, num_experts: int
+    live_TK: torch.Tensor, recorded_TK: torch.Tensor | None, num_experts: int, compare_live: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, K) executed ids (recorded ones where a row has a sound record, live ones elsewhere) and (4,) int64 stats."""
+    """(T, K) executed ids (recorded ones where a row has a sound record, live ones elsewhere), (T,) [`RowStatus`]."""
     if recorded_TK is None:
-        return live_TK, torch.zeros(4, dtype=torch.int64, device=live_TK.device)
+        return live_TK, live_TK.new_zeros(live_TK.shape[0], dtype=torch.uint8)
     ids_TK, recorded_T, missing_T, invalid_T = classify_record(recorded_TK, num_experts)
     expert_ids_TK = torch.where(recorded_T.unsqueeze(-1), ids_TK, live_TK)
-    changed_T = (expert_ids_TK.sort(dim=-1).values != live_TK.sort(dim=-1).values).any(-1)
-    stats = torch.stack([recorded_T.sum(), missing_T.sum(), invalid_T.sum(), changed_T.sum()])
-    return expert_ids_TK, stats
+    status_T = missing_T * RowStatus.MISSING + invalid_T * RowStatus.INVALID
+    if compare_live:
+        status_T = status_T + changed_layers(live_TK, expert_ids_TK) * RowStatus.DIFFERS_LIVE
+    return expert_ids_TK, status_T.to(torch.uint8)
 
 
 def gate_weights(
@@ -138,6 +139,7 @@ def masked_topk_gating_ref(
     eps: float = 0.0,
     scale: float = 1.0,
     weights_dtype: torch.dtype | None = None,
+    compare_live: bool = True,
 ) -> GatingOutput:
     """
     [`masked_topk_gating`] in plain PyTorch, differentiated by autograd. Arguments, result, errors and sources are
@@ -149,6 +151,6 @@ def masked_topk_gating_ref(
     logits_TE = router_logits.to(compute_dtype(router_logits.dtype))
     with torch.no_grad():
         live_TK = select_live(logits_TE, top_k, score, bias, n_group, topk_group, group_score)
-        expert_ids_TK, stats = choose_experts(live_TK, recorded, router_logits.shape[1])
+        expert_ids_TK, status_T = choose_experts(live_TK, recorded, router_logits.shape[1], compare_live)
     weights_TK = gate_weights(logits_TE, expert_ids_TK, score, renormalize, eps, scale)
-    return GatingOutput(weights_TK.to(weights_dtype or router_logits.dtype), expert_ids_TK, stats)
+    return GatingOutput(weights_TK.to(weights_dtype or router_logits.dtype), expert_ids_TK, status_T)

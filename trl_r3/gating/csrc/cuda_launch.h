@@ -22,7 +22,7 @@ struct ForwardLaunch {
   const float* bias;
   void* weights;
   int64_t* expert_ids;
-  unsigned long long* stats;  // (4,)
+  uint8_t* status;
 };
 
 struct BackwardLaunch {

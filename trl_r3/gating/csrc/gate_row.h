@@ -11,7 +11,8 @@
 namespace gating {
 
 enum class Score : int { softmax, topk_softmax, sigmoid, sqrtsoftplus };
-enum RowKind : int { kLive = -1, kRecorded = 0, kMissing = 1, kInvalid = 2 };
+// What became of a row, as contract.RowStatus has it.
+enum RowStatus : uint8_t { kAsRecorded = 0, kDiffersLive = 1, kMissing = 2, kInvalid = 3 };
 
 template <class T>
 struct Formula {
@@ -29,7 +30,7 @@ struct Selection {
   int num_experts, top_k;
   int n_group, topk_group;
   bool group_max;
-  bool count_changed;
+  bool compare_live;
 };
 
 template <class T>
@@ -149,9 +150,9 @@ GATING_FN void write_keys(Lane lane, const Logit* x, const T* bias, Score score,
   lane.sync();
 }
 
-// Reads a recorded row into scratch.id and says what it is. Only a kRecorded row has ids that may be used.
+// Reads a recorded row into scratch.id and says what it is. Only a kAsRecorded row has ids that may be used.
 template <class Lane, class T>
-GATING_FN RowKind read_record(Lane lane, const void* recorded, Id type, int64_t row, const Selection& select,
+GATING_FN RowStatus read_record(Lane lane, const void* recorded, Id type, int64_t row, const Selection& select,
                               const Scratch<T>& scratch) {
   bool missing = false, unsound = false;
   with_ids(recorded, type, [&](const auto* given) {
@@ -172,7 +173,7 @@ GATING_FN RowKind read_record(Lane lane, const void* recorded, Id type, int64_t 
   }
   unsound |= equal != own;
   if (lane.any(missing)) return kMissing;
-  return lane.any(unsound) ? kInvalid : kRecorded;
+  return lane.any(unsound) ? kInvalid : kAsRecorded;
 }
 
 // Whether the live selection is another set than scratch.id. It is the same one if and only if just the K - 1 others
@@ -239,31 +240,26 @@ GATING_FN void write_weights(Lane lane, const Logit* x, const Formula<T>& formul
   });
 }
 
-struct RowResult {
-  RowKind kind;
-  bool changed;
-};
-
 // The whole row: record or live selection, ids, weights. `x` is the row itself, the other pointers are whole tensors.
 template <class Lane, class Logit, class T = typename Compute<Logit>::type>
-GATING_FN RowResult gate_row(Lane lane, int64_t row, const Logit* x, const void* recorded, Id id_type, const T* bias,
+GATING_FN RowStatus gate_row(Lane lane, int64_t row, const Logit* x, const void* recorded, Id id_type, const T* bias,
                              const Formula<T>& formula, const Selection& select, const Scratch<T>& scratch,
                              void* weights, Real weights_type, int64_t* expert_ids) {
-  RowResult result{kLive, false};
-  if (recorded != nullptr) result.kind = read_record(lane, recorded, id_type, row, select, scratch);
-  const bool live = result.kind != kRecorded;
-  if (live || select.count_changed) write_keys(lane, x, bias, formula.score, select, scratch);
+  RowStatus status = kAsRecorded;
+  if (recorded != nullptr) status = read_record(lane, recorded, id_type, row, select, scratch);
+  const bool live = recorded == nullptr || status != kAsRecorded;
+  if (live || select.compare_live) write_keys(lane, x, bias, formula.score, select, scratch);
   if (live) {
     for (int s = 0; s < select.top_k; ++s) {
       const int id = take_largest(lane, scratch.key, select.num_experts);
       if (s % Lane::size == lane.id()) scratch.id[s] = id;
     }
-  } else if (select.count_changed) {
-    result.changed = differs_from_live(lane, select, scratch);
+  } else if (select.compare_live && differs_from_live(lane, select, scratch)) {
+    status = kDiffersLive;
   }
   for (int s = lane.id(); s < select.top_k; s += Lane::size) expert_ids[row * select.top_k + s] = scratch.id[s];
   write_weights(lane, x, formula, select, scratch, weights, weights_type, row);
-  return result;
+  return status;
 }
 
 }  // namespace gating

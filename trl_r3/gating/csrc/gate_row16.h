@@ -126,7 +126,7 @@ struct Slots {
 
 // Reads a recorded row into keys and says what it is.
 template <int KP, class Lane, class Logit>
-GATING_FN RowKind read_record16(Lane lane, const Logit* x, const void* recorded, Id type, int64_t row,
+GATING_FN RowStatus read_record16(Lane lane, const Logit* x, const void* recorded, Id type, int64_t row,
                                 const Selection& select, Slots<KP>& slots) {
   int id[Slots<KP>::count];
   bool missing = false, unsound = false;
@@ -162,7 +162,7 @@ GATING_FN RowKind read_record16(Lane lane, const Logit* x, const void* recorded,
   for (int i = 0; i < Slots<KP>::count; ++i) {
     slots.key[i] = id[i] < 0 ? 0 : packed_key<Logit>(x[id[i]].bits, id[i]);
   }
-  return missing ? kMissing : (unsound ? kInvalid : kRecorded);
+  return missing ? kMissing : (unsound ? kInvalid : kAsRecorded);
 }
 
 // Whether the live selection is another set: it is not if just the K - 1 others rank before the set's last.
@@ -243,25 +243,25 @@ GATING_FN void write_slots16(Lane lane, const Logit* x, const Formula<float>& fo
 
 // The whole row, as gate_row: E is a multiple of 32, K <= KP, x is aligned to 16 bytes.
 template <int KP, class Lane, class Logit>
-GATING_FN RowResult gate_row16(Lane lane, int64_t row, const Logit* x, const void* recorded, Id id_type,
+GATING_FN RowStatus gate_row16(Lane lane, int64_t row, const Logit* x, const void* recorded, Id id_type,
                                const Formula<float>& formula, const Selection& select, void* weights,
                                Real weights_type, int64_t* expert_ids) {
   static_assert(Lane::size == kQuad, "four lanes a row");
   Slots<KP> slots;
-  RowResult result{kLive, false};
-  if (recorded != nullptr) result.kind = read_record16(lane, x, recorded, id_type, row, select, slots);
-  if (result.kind != kRecorded) {
+  RowStatus status = kAsRecorded;
+  if (recorded != nullptr) status = read_record16(lane, x, recorded, id_type, row, select, slots);
+  if (recorded == nullptr || status != kAsRecorded) {
     uint32_t best[KP];
     best_of_row(lane, x, select.num_experts, best);
     GATING_UNROLL
     for (int i = 0; i < KP; ++i) {
       if (i % kQuad == lane.id()) slots.key[i / kQuad] = i < select.top_k ? best[i] : 0;
     }
-  } else if (select.count_changed) {
-    result.changed = differs_from_live16(lane, x, select, slots);
+  } else if (select.compare_live && differs_from_live16(lane, x, select, slots)) {
+    status = kDiffersLive;
   }
   write_slots16<KP>(lane, x, formula, select, slots, weights, weights_type, expert_ids, row);
-  return result;
+  return status;
 }
 
 }  // namespace gating

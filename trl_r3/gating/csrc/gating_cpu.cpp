@@ -1,6 +1,4 @@
 // CPU kernels of masked top-k gating: the row programs with one lane, rows shared out among the threads of PyTorch.
-#include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "gate_row_backward.h"
@@ -12,6 +10,10 @@
 #else
 #define GATING_CLONES
 #endif
+
+// Read in the file by native.py, which loads no kernels of another version. OPS_VERSION there is the same number.
+extern "C" __attribute__((used, visibility("default"))) const char trl_r3_gating_version[] =
+    "trl_r3 gating ops, version 1;";
 
 namespace gating {
 namespace {
@@ -43,7 +45,7 @@ struct Alone {
 
 // K = 0 takes any number of slots.
 template <class Logit, int K>
-GATING_FN void forward_rows(const Forward& call, int64_t begin, int64_t end, int64_t* counts) {
+GATING_FN void forward_rows(const Forward& call, int64_t begin, int64_t end) {
   using T = typename Compute<Logit>::type;
   Selection select = call.select;
   if constexpr (K > 0) select.top_k = K;
@@ -54,12 +56,11 @@ GATING_FN void forward_rows(const Forward& call, int64_t begin, int64_t end, int
   const Scratch<T> scratch{key.data(), group.data(), value.data(), id.data()};
   void* weights = call.weights.mutable_data_ptr();
   auto* expert_ids = static_cast<int64_t*>(call.expert_ids.mutable_data_ptr());
+  auto* status = static_cast<uint8_t*>(call.status.mutable_data_ptr());
   for (int64_t row = begin; row < end; ++row) {
     const Logit* x = static_cast<const Logit*>(call.logits) + row * select.num_experts;
-    const RowResult result = gate_row(Alone{}, row, x, call.recorded, call.id_type, static_cast<const T*>(call.bias),
-                                      formula, select, scratch, weights, call.weights_type, expert_ids);
-    if (result.kind != kLive) ++counts[result.kind];
-    counts[3] += result.changed;
+    status[row] = gate_row(Alone{}, row, x, call.recorded, call.id_type, static_cast<const T*>(call.bias), formula,
+                           select, scratch, weights, call.weights_type, expert_ids);
   }
 }
 
@@ -78,13 +79,13 @@ GATING_FN void backward_rows(const Backward& call, int64_t begin, int64_t end) {
 }
 
 // Clones need functions that are no templates.
-#define GATING_ROWS(Logit)                                                                              \
-  GATING_CLONES void forward_##Logit(const Forward& call, int64_t begin, int64_t end, int64_t* counts) { \
-    if (call.select.top_k == 8) forward_rows<Logit, 8>(call, begin, end, counts);                       \
-    else forward_rows<Logit, 0>(call, begin, end, counts);                                              \
-  }                                                                                                     \
-  GATING_CLONES void backward_##Logit(const Backward& call, int64_t begin, int64_t end) {               \
-    backward_rows<Logit>(call, begin, end);                                                             \
+#define GATING_ROWS(Logit)                                                                \
+  GATING_CLONES void forward_##Logit(const Forward& call, int64_t begin, int64_t end) {   \
+    if (call.select.top_k == 8) forward_rows<Logit, 8>(call, begin, end);                 \
+    else forward_rows<Logit, 0>(call, begin, end);                                        \
+  }                                                                                       \
+  GATING_CLONES void backward_##Logit(const Backward& call, int64_t begin, int64_t end) { \
+    backward_rows<Logit>(call, begin, end);                                               \
   }
 GATING_ROWS(Bf16)
 GATING_ROWS(Fp16)
@@ -95,21 +96,16 @@ GATING_ROWS(double)
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(Tensor logits, int64_t top_k, std::optional<Tensor> recorded,
                                                std::optional<Tensor> bias, int64_t score, bool renormalize,
                                                int64_t n_group, int64_t topk_group, bool group_max, double eps,
-                                               double scale, ScalarType weights_dtype, bool count_changed) {
+                                               double scale, ScalarType weights_dtype, bool compare_live) {
   Forward call = prepare_forward(logits, top_k, recorded, bias, score, renormalize, n_group, topk_group, group_max,
-                                 eps, scale, weights_dtype, count_changed);
-  std::atomic<int64_t> stats[4] = {};
+                                 eps, scale, weights_dtype, compare_live);
   auto* const run = call.logit_type == Real::bf16   ? forward_Bf16
                     : call.logit_type == Real::fp16 ? forward_Fp16
                     : call.logit_type == Real::fp32 ? forward_float
                                                     : forward_double;
-  torch::stable::parallel_for(0, call.num_tokens, kGrain, [&](int64_t begin, int64_t end) {
-    int64_t counts[4] = {};
-    run(call, begin, end, counts);
-    for (int i = 0; i < 4; ++i) stats[i] += counts[i];
-  });
-  std::copy(stats, stats + 4, static_cast<int64_t*>(call.stats.mutable_data_ptr()));
-  return {call.weights, call.expert_ids, call.stats};
+  torch::stable::parallel_for(0, call.num_tokens, kGrain,
+                              [&](int64_t begin, int64_t end) { run(call, begin, end); });
+  return {call.weights, call.expert_ids, call.status};
 }
 
 Tensor backward_cpu(Tensor grad_weights, Tensor logits, Tensor expert_ids, int64_t score, bool renormalize,

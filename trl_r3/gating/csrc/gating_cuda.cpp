@@ -36,10 +36,10 @@ void check_size(int64_t num_experts, int64_t top_k, Real logit_type) {
 std::tuple<Tensor, Tensor, Tensor> forward_cuda(Tensor logits, int64_t top_k, std::optional<Tensor> recorded,
                                                 std::optional<Tensor> bias, int64_t score, bool renormalize,
                                                 int64_t n_group, int64_t topk_group, bool group_max, double eps,
-                                                double scale, ScalarType weights_dtype, bool count_changed) {
+                                                double scale, ScalarType weights_dtype, bool compare_live) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   Forward call = prepare_forward(logits, top_k, recorded, bias, score, renormalize, n_group, topk_group, group_max,
-                                 eps, scale, weights_dtype, count_changed);
+                                 eps, scale, weights_dtype, compare_live);
   check_size(call.select.num_experts, top_k, call.logit_type);
   STD_TORCH_CHECK(n_group <= kMaxGroups, "the CUDA kernels take at most ", kMaxGroups, " groups, got ", n_group);
   const ForwardLaunch launch{call.num_tokens,
@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(Tensor logits, int64_t top_k, st
                              static_cast<const float*>(call.bias),
                              call.weights.mutable_data_ptr(),
                              static_cast<int64_t*>(call.expert_ids.mutable_data_ptr()),
-                             static_cast<unsigned long long*>(call.stats.mutable_data_ptr())};
+                             static_cast<uint8_t*>(call.status.mutable_data_ptr())};
   check_launch(launch_forward(launch, current_stream(logits)));
-  return {call.weights, call.expert_ids, call.stats};
+  return {call.weights, call.expert_ids, call.status};
 }
 
 Tensor backward_cuda(Tensor grad_weights, Tensor logits, Tensor expert_ids, int64_t score, bool renormalize,

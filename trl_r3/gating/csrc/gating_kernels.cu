@@ -69,46 +69,17 @@ struct Lanes {
   }
 };
 
-// Rows counted by one lane of each group. A block adds them up first: the four addresses are shared by the whole grid.
-struct Counts {
-  int of[4] = {0, 0, 0, 0};
-
-  __device__ __forceinline__ void add(const RowResult& result) {
-    of[kRecorded] += result.kind == kRecorded;
-    of[kMissing] += result.kind == kMissing;
-    of[kInvalid] += result.kind == kInvalid;
-    of[3] += result.changed;
-  }
-
-  __device__ __forceinline__ void flush(unsigned long long* stats) const {
-    __shared__ int block[4];
-    if (threadIdx.x < 4) block[threadIdx.x] = 0;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int warp = __reduce_add_sync(0xffffffffu, of[i]);
-      if (threadIdx.x % kWarp == 0 && warp != 0) atomicAdd(&block[i], warp);
-    }
-    __syncthreads();
-    if (threadIdx.x < 4 && block[threadIdx.x] != 0) {
-      atomicAdd(&stats[threadIdx.x], static_cast<unsigned long long>(block[threadIdx.x]));
-    }
-  }
-};
-
 template <class Logit, int KP>
 __global__ void __launch_bounds__(kFastThreads, kFastBlocks) forward_fast(const ForwardLaunch call) {
   const Lanes<kQuad> lane;
-  Counts counts;
   const int64_t rows_at_once = int64_t(gridDim.x) * (kFastThreads / kQuad);
   for (int64_t row = int64_t(blockIdx.x) * (kFastThreads / kQuad) + threadIdx.x / kQuad; row < call.num_tokens;
        row += rows_at_once) {
     const Logit* x = static_cast<const Logit*>(call.logits) + row * call.select.num_experts;
-    const RowResult result = gate_row16<KP>(lane, row, x, call.recorded, call.id_type, call.formula, call.select,
+    const RowStatus status = gate_row16<KP>(lane, row, x, call.recorded, call.id_type, call.formula, call.select,
                                             call.weights, call.weights_type, call.expert_ids);
-    if (lane.id() == 0) counts.add(result);
+    if (lane.id() == 0) call.status[row] = status;
   }
-  if (call.recorded != nullptr) counts.flush(call.stats);
 }
 
 __host__ __device__ inline int warp_scratch(const Selection& select) {
@@ -119,7 +90,6 @@ template <class Logit>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks) forward_warp(const ForwardLaunch call) {
   extern __shared__ int32_t words[];
   const Lanes<kWarp> lane;
-  Counts counts;
   constexpr int kWarps = kWarpThreads / kWarp;
   const int warp = threadIdx.x / kWarp;
   int32_t* mine = words + warp * warp_scratch(call.select);
@@ -128,12 +98,11 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks) forward_warp(const 
   const Scratch<float> scratch{mine, group, reinterpret_cast<float*>(value), value + call.select.top_k};
   for (int64_t row = int64_t(blockIdx.x) * kWarps + warp; row < call.num_tokens; row += int64_t(gridDim.x) * kWarps) {
     const Logit* x = static_cast<const Logit*>(call.logits) + row * call.select.num_experts;
-    const RowResult result = gate_row(lane, row, x, call.recorded, call.id_type, call.bias, call.formula, call.select,
+    const RowStatus status = gate_row(lane, row, x, call.recorded, call.id_type, call.bias, call.formula, call.select,
                                       scratch, call.weights, call.weights_type, call.expert_ids);
-    if (lane.id() == 0) counts.add(result);
+    if (lane.id() == 0) call.status[row] = status;
     lane.sync();
   }
-  if (call.recorded != nullptr) counts.flush(call.stats);
 }
 
 // Words of a staged row, a multiple of 16 bytes so that every row starts aligned.
@@ -222,8 +191,7 @@ cudaError_t launch_backward_rows(const BackwardLaunch& call, cudaStream_t stream
 }  // namespace
 
 cudaError_t launch_forward(const ForwardLaunch& call, cudaStream_t stream) {
-  const cudaError_t error = cudaMemsetAsync(call.stats, 0, 4 * sizeof(*call.stats), stream);
-  if (error != cudaSuccess || call.num_tokens == 0) return error;
+  if (call.num_tokens == 0) return cudaSuccess;
   if (takes_fast_path(call)) {
     return call.logit_type == Real::bf16 ? launch_fast<Bf16>(call, stream) : launch_fast<Fp16>(call, stream);
   }

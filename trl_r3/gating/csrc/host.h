@@ -71,7 +71,7 @@ struct Forward {
   const void* logits;
   const void* recorded = nullptr;
   const void* bias = nullptr;
-  Tensor weights, expert_ids, stats;
+  Tensor weights, expert_ids, status;
 
   template <class T>
   Formula<T> formula() const {
@@ -82,7 +82,7 @@ struct Forward {
 inline Forward prepare_forward(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& recorded,
                                const std::optional<Tensor>& bias, int64_t score, bool renormalize, int64_t n_group,
                                int64_t topk_group, bool group_max, double eps, double scale,
-                               ScalarType weights_dtype, bool count_changed) {
+                               ScalarType weights_dtype, bool compare_live) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be a contiguous (T, E) tensor");
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   STD_TORCH_CHECK(num_experts <= std::numeric_limits<int32_t>::max() && top_k >= 1 && top_k <= num_experts,
@@ -100,7 +100,7 @@ inline Forward prepare_forward(const Tensor& logits, int64_t top_k, const std::o
   call.renormalize = renormalize;
   call.eps = eps;
   call.scale = scale;
-  call.select = {int(num_experts), int(top_k), int(n_group), int(topk_group), group_max, count_changed};
+  call.select = {int(num_experts), int(top_k), int(n_group), int(topk_group), group_max, compare_live};
   call.logits = logits.const_data_ptr();
   if (recorded.has_value()) {
     check_matrix(*recorded, num_tokens, top_k, "recorded");
@@ -118,7 +118,7 @@ inline Forward prepare_forward(const Tensor& logits, int64_t top_k, const std::o
   }
   call.weights = allocate(logits, {num_tokens, top_k}, weights_dtype);
   call.expert_ids = allocate(logits, {num_tokens, top_k}, ScalarType::Long);
-  call.stats = allocate(logits, {4}, ScalarType::Long);
+  call.status = allocate(logits, {num_tokens}, ScalarType::Byte);
   return call;
 }
 

@@ -1,0 +1,154 @@
+"""Continuous batching: packed steps of many requests, taken apart again, against plain forwards."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+from engines.tiny_chat import make_trainer
+from engines.watch import assert_nothing_missing, assert_replayed, wrong_rows
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.requests import RequestState
+
+PROMPTS = ["t30 t31 t32", "t40", "t50 t51 t52 t53 t54 t55 t56", " ".join(f"t{i}" for i in range(60, 100))]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step fed: by step, (request, first position, tokens)."""
+    seen = []
+    own = ContinuousBatchProcessor._generation_step
+
+    def note(processor, model):
+        batch = processor.inputs_and_outputs.requests_in_batch
+        states = [(each.state, each.query_length) for each in batch]
+        seen.append([(s.request_id, s.position_offset - count, count) for s, count in states])
+        return own(processor, model)
+
+    monkeypatch.setattr(ContinuousBatchProcessor, "_generation_step", note)
+    return seen
+
+
+def make(tmp_path, prompts=PROMPTS, config=None, **settings):
+    defaults = {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": config or {"num_blocks": 64, "page_size": 16},
+        "per_device_train_batch_size": 2 * len(prompts),
+        "num_generations": 2,
+    }
+    return make_trainer(tmp_path, Dataset.from_dict({"prompt": prompts}), **{**defaults, **settings})
+
+
+def assert_rows_are_those_of_a_forward(trainer, updates=2):
+    """What was trained on was sampled, and executes what a model without any hooks selects at the same weights."""
+    assert len(trainer.updates) == updates
+    wrong = pairs = 0
+    for one in trainer.updates:
+        turn = next(turn for turn in trainer.turns if turn.step == one.step)
+        sampled = [(*p, *c) for p, c in zip(turn.prompt_ids, turn.completion_ids, strict=True)]
+        assert sorted(sampled) == sorted(tokens for tokens, _ in one.samples())
+        for tokens, rows in one.samples():
+            wrong += wrong_rows(rows, trainer.live_rows(tokens, turn.weights))
+            pairs += rows[..., 0].numel()
+    assert wrong == 0, f"{wrong} of {pairs} pairs of row and layer differ"
+
+
+def test_duplicates_of_a_prompt(tmp_path, steps):
+    trainer = make(tmp_path, num_generations=4, per_device_train_batch_size=16)
+    trainer.train()
+    prompts = [fed for step in steps for fed in step if fed[1] == 0]
+    assert len(prompts) == 32, "not every duplicate fed its prompt itself"
+    assert_rows_are_those_of_a_forward(trainer)
+    assert_nothing_missing(trainer, steps=2)
+    assert all(log["sampling/k3_kl"] < 1e-9 for log in trainer.state.log_history if "sampling/k3_kl" in log)
+
+
+def test_chunked_prefill(tmp_path, steps):
+    trainer = make(tmp_path, config={"num_blocks": 64, "page_size": 16, "max_batch_tokens": 16})
+    trainer.train()
+    assert max(sum(count for _, _, count in step) for step in steps) <= 16
+    assert any(start > 0 and count > 1 for step in steps for _, start, count in step), "no prompt was split"
+    assert any(len(step) < 8 for step in steps), "all requests fit into every step"
+    assert_rows_are_those_of_a_forward(trainer)
+    assert_nothing_missing(trainer, steps=2)
+
+
+def test_eviction(tmp_path, steps, monkeypatch):
+    resets = []
+    own = RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda state: resets.append(state.request_id) or own(state)
+    )
+    trainer = make(
+        tmp_path,
+        prompts=["t30 t31 t32 t33 t34 t35", "t40 t41 t42 t43", "t50 t51 t52 t53 t54 t55 t56", "t60 t61 t62 t63 t64"],
+        config={"num_blocks": 8, "page_size": 8, "max_batch_tokens": 16, "cpu_offload_space": 0.0},
+        max_completion_length=24,
+        generation_kwargs={"min_new_tokens": 24},
+    )
+    trainer.train()
+    assert resets, "no request was evicted, so this test shows nothing"
+    assert_rows_are_those_of_a_forward(trainer)
+    assert_nothing_missing(trainer, steps=2)
+
+
+def test_records_survive_an_update(tmp_path):
+    trainer = make(tmp_path, num_iterations=2, max_steps=4, learning_rate=3e-2)
+    trainer.train()
+    expected = {
+        turn.step: [
+            ((*p, *c), trainer.live_rows([*p, *c], turn.weights))
+            for p, c in zip(turn.prompt_ids, turn.completion_ids, strict=True)
+        ]
+        for turn in trainer.turns
+    }
+    assert list(expected) == [0, 2]
+    assert_replayed(trainer, expected)
+    last = trainer.updates[-1]
+    changed = sum(wrong_rows(rows, trainer.live_rows(tokens, last.weights)) for tokens, rows in last.samples())
+    assert changed > 20, "live routing still agrees with the record, so replay shows nothing"
+
+
+def test_a_dropped_request_is_an_error(tmp_path, monkeypatch):
+    own, batches = ContinuousBatchProcessor.prepare_next_batch, []
+
+    def fail_one(processor):
+        batches.append(1)
+        if len(batches) == 4:
+            state = next(iter(processor.scheduler.active_requests.values()))
+            processor._handle_request_error(MemoryError("out of blocks"), state)
+            processor.scheduler.finish_request(state.request_id)
+        return own(processor)
+
+    monkeypatch.setattr(ContinuousBatchProcessor, "prepare_next_batch", fail_one)
+    trainer = make(tmp_path)
+    with pytest.raises(RuntimeError, match=r"returned 7 of 8 requests; req_\d+ failed with: out of blocks"):
+        trainer.train()
+
+
+def test_a_crash_of_the_batch_is_an_error(tmp_path, monkeypatch):
+    def crash(processor, model):
+        raise MemoryError("out of blocks")
+
+    monkeypatch.setattr(ContinuousBatchProcessor, "_generation_step", crash)
+    trainer = make(tmp_path)
+    with pytest.raises(RuntimeError, match="returned 0 of 8 requests"):
+        trainer.train()
+
+
+def test_the_trainer_sets_what_recording_needs(tmp_path):
+    trainer = make(tmp_path, config={"use_async_batching": True, "use_cuda_graph": True, "allow_block_sharing": True})
+    config = trainer.continuous_batching_config
+    assert config.return_logprobs
+    assert not (config.allow_block_sharing or config.use_async_batching or config.use_cuda_graph)
+    assert config.varlen_compile_config is None and config.decode_compile_config is None
+    untouched = make(tmp_path, config={"allow_block_sharing": True}, use_routing_replay=False)
+    assert untouched.continuous_batching_config.allow_block_sharing
+
+
+def test_block_sharing_is_noticed(tmp_path):
+    """Were a prompt served from the cache, its rows would be absent: an error, not a shift."""
+    config = {"num_blocks": 64, "page_size": 16, "max_batch_tokens": 48}  # one prompt a step
+    trainer = make(tmp_path, prompts=[PROMPTS[3]], config=config, per_device_train_batch_size=4, num_generations=4)
+    trainer.continuous_batching_config.allow_block_sharing = True
+    with pytest.raises(RuntimeError, match="only .* tokens of it were routed: it shares cache blocks"):
+        trainer.train()

@@ -1,0 +1,144 @@
+"""What a user may expect of the public functions, phrased as a user would."""
+
+import numpy as np
+import pytest
+import torch
+from model_zoo import build_tiny
+from oracles import executed_ids, stacked
+from peft import LoraConfig, get_peft_model
+
+from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
+
+
+@pytest.fixture
+def deepseek():
+    """A dense layer, then two with experts: 2 of 8."""
+    return build_tiny("deepseek_v3", first_k_dense_replace=1)
+
+
+def recorded(model, ids):
+    replay = RouterReplay(model)
+    with torch.no_grad(), replay.record() as routes:
+        model(ids)
+    replay.remove()
+    return routes.routed_experts
+
+
+def with_dense_slots(routes, replay, fill):
+    shape = (*routes.shape[:2], replay.num_decoder_layers, replay.top_k)
+    full = torch.full(shape, fill, dtype=torch.int32)
+    full[:, :, replay.moe_layers] = routes.int()
+    return full
+
+
+@pytest.mark.parametrize("fill", [0, -1, 7])
+def test_dense_slots_say_nothing(deepseek, ids, fill):
+    """Neither does a dense slot of -1 make its row missing, nor does one of 0 make a missing row whole."""
+    routes = recorded(deepseek, ids)
+    replay = enable_routing_replay(deepseek)
+    loss = deepseek(ids, labels=ids, routed_experts=with_dense_slots(routes, replay, fill)).loss
+    assert torch.equal(loss, deepseek(ids, labels=ids, routed_experts=routes).loss)
+    routes[1, 4] = -1
+    with pytest.raises(ValueError, match="sample 1: the row of position 4 is missing"):
+        deepseek(ids, labels=ids, routed_experts=with_dense_slots(routes, replay, fill))
+
+
+def test_a_prompt_row_matters_to_the_loss_of_the_completion(qwen, ids):
+    routes = recorded(qwen, ids)
+    enable_routing_replay(qwen)
+    labels = ids.clone()
+    labels[:, :6] = -100
+    routes[1, 2] = -1
+    with pytest.raises(ValueError, match="sample 1: the row of position 2 is missing"):
+        qwen(ids, labels=labels, routed_experts=routes)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0  # as left padding has it
+    routes[1, :3] = -1
+    assert torch.isfinite(qwen(ids, attention_mask=mask, labels=labels, routed_experts=routes).loss)
+
+
+def test_packed_documents_end_with_a_missing_row(qwen, ids):
+    """The last token of a document has no row, and no token of the next document attends to it."""
+    routes = recorded(qwen, ids)
+    enable_routing_replay(qwen)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].expand_as(ids)
+    labels = ids.clone()
+    labels[:, 5] = -100  # nothing predicts the first token of the second document
+    routes[:, 4] = -1
+    assert torch.isfinite(qwen(ids, position_ids=positions, labels=labels, routed_experts=routes).loss)
+    routes[0, 3] = -1
+    with pytest.raises(ValueError, match="sample 0: the row of position 3 is missing"):
+        qwen(ids, position_ids=positions, labels=labels, routed_experts=routes)
+
+
+def test_expert_255_of_256_is_no_mark(ids):
+    model = build_tiny("mixtral", num_local_experts=256)
+    routes = recorded(model, ids)
+    routes[0, 3, :, 0], routes[0, 3, :, 1] = 255, 0
+    enable_routing_replay(model)
+    losses = [
+        model(ids, labels=ids, routed_experts=routes.to(d)).loss for d in (torch.uint8, torch.int16, torch.int64)
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_arrays_and_lists_are_records_too(qwen, ids):
+    routes = recorded(qwen, ids)
+    enable_routing_replay(qwen)
+    expected = qwen(ids, routed_experts=routes).logits
+    for form in (routes.numpy(), routes.numpy().astype(np.uint16), routes.tolist()):
+        assert torch.equal(qwen(ids, routed_experts=form).logits, expected)
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_disable_sees_through_wrappers(qwen, inner_first):
+    wrapped = get_peft_model(qwen, LoraConfig(target_modules=["q_proj"]))
+    first, second = (qwen, wrapped) if inner_first else (wrapped, qwen)
+    enable_routing_replay(first)
+    disable_routing_replay(second)
+    for model in (first, second):
+        with pytest.raises(ValueError, match="no routing replay to disable"):
+            disable_routing_replay(model)
+    enable_routing_replay(second)
+    disable_routing_replay(first)
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(TypeError, match="the model is a str"):
+        enable_routing_replay(str(tmp_path))
+
+
+def test_padding_is_not_compared(qwen, padded):
+    """A row of a masked token may be recorded, as it is in a truncated completion; it says nothing about drift."""
+    ids, mask = padded
+    routes = recorded(qwen, ids)
+    foreign = torch.where(mask[:, :, None, None] == 0, (routes + 1) % 8, 0).to(routes.dtype)
+    with torch.no_grad():
+        replay = RouterReplay(qwen)
+        with replay.record() as masked:
+            qwen(ids, attention_mask=mask)
+        record = torch.where(mask[:, :, None, None] == 0, foreign, masked.routed_experts)
+        with replay.replay(record) as stats:
+            qwen(ids, attention_mask=mask)
+        with replay.replay(record) as unmasked:
+            qwen(ids)
+    assert int(stats.changed_routers) == int(stats.changed_tokens) == 0
+    assert int(stats.compared_tokens) == int(mask.sum()) < int(stats.recorded_tokens) == ids.numel()
+    assert int(unmasked.changed_routers) > 0
+
+
+def test_a_constant_router_may_repeat_its_rows(qwen):
+    """A gate of zeros selects the same experts for every token, and so may a part of a record: no error."""
+    ids = torch.arange(1, 41).reshape(2, 20)
+    varied = recorded(qwen, ids)
+    with torch.no_grad():
+        for layer in (1, 3):
+            qwen.model.layers[layer].mlp.gate.weight.zero_()
+    routes = recorded(qwen, ids)
+    assert torch.equal(routes, routes[:, :1].expand_as(routes))
+    enable_routing_replay(qwen)
+    assert torch.isfinite(qwen(ids, labels=ids, routed_experts=routes).loss)
+    varied[0, 4:16] = routes[0, :12]
+    with executed_ids(qwen) as seen:
+        qwen(ids, labels=ids, routed_experts=varied)
+    assert torch.equal(stacked(seen, 2), varied.long())

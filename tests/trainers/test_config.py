@@ -1,0 +1,170 @@
+"""What the configuration accepts, and what fails at construction instead of in the middle of a run."""
+
+import pytest
+from datasets import Dataset
+from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig
+
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer, RouterReplay, UnsupportedRouterError
+
+FIELDS = {
+    "use_routing_replay": False,
+    "routing_replay_mode": "R3",
+    "routing_replay_max_missing": 0.0,
+    "routing_replay_compare_every": 0,
+    "routing_replay_gating": "auto",
+}
+
+
+def test_fields_are_these_and_off_by_default(tmp_path):
+    added = set(R3GRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    assert added == set(FIELDS)
+    config = R3GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert {name: getattr(config, name) for name in FIELDS} == FIELDS
+    for name in FIELDS:
+        assert R3GRPOConfig.__dataclass_fields__[name].metadata["help"]
+
+
+def test_fields_are_read_from_the_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --use_cpu --bf16 False --use_routing_replay true --routing_replay_mode R2"
+    line += " --num_iterations 2 --routing_replay_max_missing 0.25 --routing_replay_compare_every 3"
+    line += " --routing_replay_gating intercept"
+    (config,) = HfArgumentParser(R3GRPOConfig).parse_args_into_dataclasses(line.split())
+    assert [getattr(config, name) for name in FIELDS] == [True, "R2", 0.25, 3, "intercept"]
+
+
+def test_command_line_offers_the_modes(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(R3GRPOConfig).parse_args_into_dataclasses(
+            ["--output_dir", str(tmp_path), "--routing_replay_mode", "R4"]
+        )
+    assert "R3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("routing_replay_mode", "r3"),
+        ("routing_replay_mode", "R1"),
+        ("routing_replay_max_missing", -0.1),
+        ("routing_replay_max_missing", 1.5),
+        ("routing_replay_max_missing", float("nan")),
+        ("routing_replay_compare_every", -1),
+    ],
+)
+def test_bad_values_are_named(settings, field, value):
+    with pytest.raises(ValueError, match=field) as raised:
+        settings(**{field: value})
+    assert str(value) in str(raised.value)
+    assert "Set " in str(raised.value)
+
+
+ALIGNED = [
+    {},
+    {"gradient_accumulation_steps": 2},
+    {"gradient_accumulation_steps": 4, "num_iterations": 2},
+    {"gradient_accumulation_steps": 6, "steps_per_generation": 3},
+]
+NAMES = ("gradient_accumulation_steps", "steps_per_generation", "num_iterations")
+
+
+@pytest.mark.parametrize("aligned", ALIGNED)
+def test_r2_without_an_old_policy_names_the_settings(settings, aligned):
+    aligned = {"gradient_accumulation_steps": 1, "steps_per_generation": 1, **aligned}
+    with pytest.raises(ValueError, match="R2") as raised:
+        settings(routing_replay_mode="R2", **aligned)
+    for name in NAMES:
+        assert f"{name}={aligned.get(name, 1)}" in str(raised.value)
+    settings(routing_replay_mode="R2", use_routing_replay=False, **aligned)  # it would not be used
+
+
+@pytest.mark.parametrize("aligned", ALIGNED)
+@pytest.mark.parametrize("change", [{"num_iterations": 5}, {"steps_per_generation": 8}])
+def test_r2_with_the_remedy_is_accepted(settings, aligned, change):
+    changes = {**aligned, **change}
+    if changes == {"gradient_accumulation_steps": 6, "steps_per_generation": 8}:
+        changes["steps_per_generation"] = 4
+    settings(routing_replay_mode="R2", **changes)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_r2_is_refused_exactly_where_trl_has_no_old_policy(settings, qwen3, train, steps, iterations, accumulation):
+    changes = {
+        "steps_per_generation": steps,
+        "num_iterations": iterations,
+        "gradient_accumulation_steps": accumulation,
+    }
+    trainer = train(qwen3(), use_routing_replay=False, max_steps=1, **changes)
+    has_old_policy = any(one.name == "old policy" for one in trainer.passes)
+    try:
+        settings(routing_replay_mode="R2", **changes)
+        accepted = True
+    except ValueError:
+        accepted = False
+    assert accepted == has_old_policy
+
+
+def dense():
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=96,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
+
+
+def test_dense_model_is_refused_at_construction(build):
+    with pytest.raises(UnsupportedRouterError, match="dense"):
+        build(dense())
+    build(dense(), use_routing_replay=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("torch_compile", {"torch_compile": True}),
+        ("num_beams", {"generation_kwargs": {"num_beams": 2}}),
+        ("use_cache", {"generation_kwargs": {"use_cache": False}}),
+        ("prompt_lookup_num_tokens", {"generation_kwargs": {"prompt_lookup_num_tokens": 2}}),
+        ("guidance_scale", {"generation_kwargs": {"guidance_scale": 1.5}}),
+    ],
+)
+def test_rollouts_that_cannot_be_recorded_are_refused_at_construction(qwen3, build, name, changes):
+    with pytest.raises(ValueError, match=name):
+        build(qwen3(), **changes)
+
+
+def test_model_attached_elsewhere_is_refused(qwen3, build):
+    model = qwen3()
+    replay = RouterReplay(model)
+    with pytest.raises(ValueError, match="already"):
+        build(model)
+    replay.remove()
+    build(model)
+
+
+def test_config_of_trl_means_no_replay(qwen3, tmp_path, tools):
+    trainer = R3GRPOTrainer(
+        model=qwen3(),
+        args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, num_generations=2),
+        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
+        train_dataset=Dataset.from_dict({"prompt": ["ab"] * 8}),
+        processing_class=tools["make_tokenizer"](),
+    )
+    with pytest.raises(RuntimeError, match="train"):
+        _ = trainer.routing_replay
+
+
+def test_model_card_names_r3_and_cites_its_paper(build, qwen3, tmp_path):
+    trainer = build(qwen3(), output_dir=str(tmp_path))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "arXiv:2510.11370" in card and "huggingface.co/papers/2510.11370" in card
+    assert "- r3\n" in card and "Rollout Routing Replay (R3)" in card

@@ -1,0 +1,282 @@
+"""What is logged, against the same numbers computed here from logits and routers (property 14 and the metrics)."""
+
+import math
+
+import pytest
+import torch
+
+from trl_r3 import R3GRPOTrainer
+
+REPLAY = [f"routing_replay/{name}_frac" for name in ("replayed", "missing", "changed_router", "changed_token")]
+MISMATCH = ["sampling/k3_kl", "sampling/extreme_token_frac"]
+LIVE = ["sampling/live/k3_kl", "sampling/live/extreme_token_frac"]
+
+
+def logged(trainer, name):
+    """{step: value} of one name."""
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+
+
+def test_all_names_are_in_the_log(qwen3, train):
+    trainer = train(qwen3(), routing_replay_compare_every=1)
+    for name in REPLAY + MISMATCH + LIVE:
+        values = logged(trainer, name)
+        assert sorted(values) == [1, 2], name
+        assert all(math.isfinite(value) for value in values.values()), name
+
+
+def test_nothing_is_logged_without_replay(qwen3, train):
+    trainer = train(qwen3(), use_routing_replay=False, routing_replay_compare_every=1)
+    names = {name for entry in trainer.state.log_history for name in entry}
+    assert not [name for name in names if name.startswith(("routing_replay/", "sampling/"))]
+
+
+def forced(model, one, routes):
+    """
+    Scores a pass with a model of its own whose routers are forced into `routes` (B, T, L, K), -1 for live.
+
+    Returns the logits (B, C, V) that predict the completions, and (B, T, L, K) of what would have been live.
+    """
+    live = []
+
+    def force(layer, module, args, output):
+        logits, weights, ids = output
+        live.append(ids.unflatten(0, one.input_ids.shape))
+        given = routes[:, :, layer].flatten(0, 1)
+        chosen = torch.where(given == -1, ids, given)
+        scores = logits.softmax(-1, dtype=torch.float).gather(1, chosen)
+        return logits, (scores / scores.sum(-1, keepdim=True)).to(weights.dtype), chosen
+
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    handles = [
+        router.register_forward_hook(lambda *call, layer=layer: force(layer, *call))
+        for layer, router in enumerate(routers)
+    ]
+    model.load_state_dict(one.weights)
+    with torch.no_grad():
+        logits = model(input_ids=one.input_ids, attention_mask=one.attention_mask, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits[:, one.prompt_width - 1 : -1].double(), torch.stack(live, dim=2)
+
+
+def log_ratios(trainer, one, routes):
+    """(tokens,) log pi_train - log pi_rollout of the sampled tokens."""
+    logits, _ = forced(trainer.pristine, one, routes)
+    completion = one.input_ids[:, one.prompt_width :]
+    scored = (logits / trainer.temperature).log_softmax(-1).gather(2, completion[:, :, None])[:, :, 0]
+    samples = [trainer.sample_of(one, row).logps for row in range(len(completion))]
+    return torch.cat([scored[row, : len(sampled)] - sampled for row, sampled in enumerate(samples)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("updates", [{"num_iterations": 2}, {"gradient_accumulation_steps": 1}])
+@pytest.mark.parametrize("rollout", ["rounded", "scrambled"])
+def test_mismatch_is_that_of_the_logits(qwen3, train, gap, rollout, updates, temperature):
+    trainer = train(
+        qwen3(),
+        max_steps=1,
+        temperature=temperature,
+        while_generating=gap[rollout],
+        routing_replay_compare_every=1,
+        **updates,
+    )
+    one = trainer.passes[1]
+    for routes, prefix in ((one.recorded, "sampling"), (torch.full_like(one.recorded, -1), "sampling/live")):
+        log_ratio = log_ratios(trainer, one, routes)
+        k3 = (log_ratio.exp() - 1 - log_ratio).mean().item()
+        extreme = (log_ratio.abs() > math.log(2)).double().mean().item()
+        assert k3 > 1e-7
+        assert logged(trainer, f"{prefix}/k3_kl")[1] == pytest.approx(k3, rel=1e-3)
+        assert logged(trainer, f"{prefix}/extreme_token_frac")[1] == pytest.approx(extreme, abs=1e-6)
+        if rollout == "scrambled" and prefix == "sampling/live":
+            assert 0 < extreme < 1
+
+
+def test_mismatch_is_of_the_weights_that_rolled_out(qwen3, train):
+    """Two updates of one rollout: the second one's weights have moved, which is no mismatch of routing."""
+    trainer = train(qwen3(), num_iterations=2, max_steps=4, learning_rate=1e-2)
+    assert sorted(logged(trainer, "sampling/k3_kl")) == [1, 3]
+    assert max(logged(trainer, "sampling/k3_kl").values()) < 1e-9
+
+
+def test_mismatch_with_accumulated_gradients(qwen3, train):
+    trainer = train(qwen3(), gradient_accumulation_steps=2, max_steps=2)
+    assert not [one for one in trainer.passes if one.name == "old policy"]
+    assert sorted(logged(trainer, "sampling/k3_kl")) == [1, 2]
+    assert max(logged(trainer, "sampling/k3_kl").values()) < 1e-9
+
+
+def test_mismatch_of_a_batch_without_loss_is_not_a_number(qwen3, train):
+    no_end = {"suppress_tokens": [0, 1]}
+    trainer = train(qwen3(), mask_truncated_completions=True, generation_kwargs=no_end, max_steps=1)
+    assert logged(trainer, "sampling/k3_kl") == {1: None}
+    assert logged(trainer, "routing_replay/replayed_frac") == {1: None}, "no row matters to the loss"
+
+
+@pytest.mark.parametrize("mode", ["R3", "R2"])
+@pytest.mark.parametrize("rollout", [None, "scrambled"])
+def test_changed_fractions_are_those_of_the_routers(qwen3, train, gap, tools, mode, rollout):
+    run = {"num_iterations": 3, "max_steps": 3, "learning_rate": 3e-3, "routing_replay_mode": mode}
+    trainer = train(qwen3(), while_generating=gap[rollout] if rollout else None, **run)
+    old = trainer.of("old policy")[0]
+    old_rows = dict(zip(map(tuple, old.input_ids.tolist()), old.executed, strict=True))
+    seen = []
+    for one in trainer.of("update"):
+        recorded = one.recorded
+        if mode == "R2":
+            recorded = torch.stack([old_rows[tuple(tokens)] for tokens in one.input_ids.tolist()])
+            recorded = recorded.masked_fill(~one.fed[:, :, None, None], -1)
+        _, live = forced(trainer.pristine, one, recorded)
+        changed = (live.sort(-1).values != recorded.sort(-1).values).any(-1)[one.fed]  # (rows, L)
+        routers, tokens = changed.double().mean().item(), changed.any(-1).double().mean().item()
+        assert logged(trainer, "routing_replay/changed_router_frac")[one.step + 1] == pytest.approx(routers, abs=1e-6)
+        assert logged(trainer, "routing_replay/changed_token_frac")[one.step + 1] == pytest.approx(tokens, abs=1e-6)
+        seen.append(routers)
+    assert (seen[0] == 0) == (rollout is None or mode == "R2")
+    assert 0 < seen[1] < seen[2] or rollout  # the further the weights have moved, the more would change
+
+
+@pytest.mark.parametrize(
+    ("every", "updates", "steps"),
+    [
+        (0, {"max_steps": 3}, []),
+        (1, {"max_steps": 3}, [1, 2, 3]),
+        (2, {"max_steps": 5}, [1, 3, 5]),
+        (3, {"max_steps": 8, "num_iterations": 2}, [1, 5]),  # a rollout every two steps
+    ],
+)
+def test_live_routing_is_compared_every_so_many_steps(qwen3, train, check, gap, every, updates, steps):
+    run = {"routing_replay_compare_every": every, "while_generating": gap["scrambled"], **updates}
+    trainer = train(qwen3(), **run)
+    for name in LIVE:
+        assert sorted(logged(trainer, name)) == steps
+    compared = [one for one in trainer.passes if one.name == "comparison"]
+    assert [one.step + 1 for one in compared] == steps
+    for one in compared:
+        check.live(trainer, one)
+        check.drifted(trainer, one)
+    for one in trainer.of("update"):
+        check.replayed(one)
+
+
+def test_comparison_starts_again_with_training(qwen3, build):
+    trainer = build(qwen3(), routing_replay_compare_every=3, max_steps=3)
+    for _ in range(2):
+        trainer.train()
+        assert sorted(logged(trainer, "sampling/live/k3_kl")) == [1]
+
+
+def test_comparison_changes_nothing(qwen3, train):
+    run = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}
+    trainer = train(qwen3(), routing_replay_compare_every=1, **run)
+    plain = train(qwen3(), **run)
+    assert trainer.losses == plain.losses
+    weights = plain.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["R3", "R2"])
+def test_replay_closes_most_of_the_gap(qwen3, train, gap, mode):
+    trainer = train(
+        qwen3(num_hidden_layers=6, num_experts=32),
+        routing_replay_mode=mode,
+        num_iterations=2,
+        max_steps=2,
+        per_device_train_batch_size=16,
+        max_completion_length=24,
+        generation_kwargs={"suppress_tokens": [0, 1]},
+        routing_replay_compare_every=1,
+        while_generating=gap["rounded"],
+    )
+    replayed, live = (logged(trainer, name)[1] for name in ("sampling/k3_kl", "sampling/live/k3_kl"))
+    assert live > 1e-5
+    if mode == "R3":
+        assert replayed < 0.5 * live
+    else:
+        assert replayed == pytest.approx(live)  # the old policy of R2 routes live
+
+
+class DropsRows(R3GRPOTrainer):
+    """An engine that lost rows of one sample of every rollout."""
+
+    lost = {1: slice(2, 4)}
+
+    def _generate_single_turn(self, *args, **kwargs):
+        generated = super()._generate_single_turn(*args, **kwargs)
+        for sample, rows in self.lost.items():
+            self._turns[-1].records[sample][rows] = self.routing_replay.layout.missing
+        return generated
+
+
+def test_missing_rows_raise_by_default(qwen3, train):
+    with pytest.raises(RuntimeError, match=r"routing_replay_max_missing") as raised:
+        train(qwen3(), trainer_class=DropsRows)
+    message = str(raised.value)
+    assert "sample 1" in message
+    assert "0.00%" in message  # what is allowed
+    assert "%" in message.replace("0.00%", "")  # what was found
+
+
+def test_missing_rows_above_the_limit_raise(qwen3, train):
+    with pytest.raises(RuntimeError, match="1.00%"):
+        train(qwen3(), trainer_class=DropsRows, routing_replay_max_missing=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_missing_rows_route_live_in_every_pass(qwen3, train, gap, tools, checkpointing):
+    trainer = train(
+        qwen3(),
+        trainer_class=DropsRows,
+        routing_replay_max_missing=0.5,
+        while_generating=gap["scrambled"],
+        gradient_checkpointing=checkpointing,
+        num_iterations=3,
+        max_steps=3,
+    )
+    old_policy, updates = trainer.of("old policy"), trainer.of("update")
+    recomputes = [one for one in trainer.of("recompute") if one.calls]
+    assert len(recomputes) == (3 if checkpointing else 0)
+    expected, lost_rows = {}, []
+    one = old_policy[0]
+    for row, tokens in enumerate(one.input_ids.tolist()):
+        expected[tuple(tokens)] = one.recorded[row].clone()
+        if row in DropsRows.lost:
+            start = one.prompt_width - trainer.sample_of(one, row).prompt_length
+            lost = slice(start + DropsRows.lost[row].start, start + DropsRows.lost[row].stop)
+            expected[tuple(tokens)][lost] = -1
+            lost_rows.append((tuple(tokens), lost))
+    assert lost_rows
+    for one in old_policy + updates + recomputes:
+        recorded = torch.stack([expected[tuple(tokens)] for tokens in one.input_ids.tolist()])
+        assert int((one.fed & (recorded[:, :, 0, 0] == -1)).sum()) == 2
+        known = recorded[:, :, 0, 0] != -1
+        assert tools["same_sets"](one.executed[known], recorded[known])
+        _, live = forced(trainer.pristine, one, recorded)  # missing rows route live, all others as recorded
+        missing = one.fed & ~known
+        assert tools["same_sets"](one.executed[missing], live[missing])
+        assert not tools["same_sets"](one.executed[missing], one.recorded[missing])
+    rows = int(updates[0].fed.sum())
+    for name, value in (("missing", 2 / rows), ("replayed", 1 - 2 / rows)):
+        for step in (1, 2, 3):
+            assert logged(trainer, f"routing_replay/{name}_frac")[step] == pytest.approx(value)
+
+
+def test_missing_rows_do_not_count_as_changed(qwen3, train):
+    run = {"routing_replay_max_missing": 1.0, "max_steps": 1}
+    trainer = train(qwen3(), trainer_class=DropsRows, **run)
+    assert logged(trainer, "routing_replay/changed_router_frac") == {1: 0.0}
+
+
+def test_rollout_without_any_record_routes_live_if_allowed(qwen3, train, check, gap):
+    class DropsAll(DropsRows):
+        lost = {sample: slice(None) for sample in range(4)}
+
+    run = {"routing_replay_max_missing": 1.0, "while_generating": gap["scrambled"], "num_iterations": 2}
+    trainer = train(qwen3(), trainer_class=DropsAll, **run)
+    for one in trainer.of("update"):
+        check.live(trainer, one)
+        check.drifted(trainer, one)
+    assert set(logged(trainer, "routing_replay/missing_frac").values()) == {1.0}
+    assert set(logged(trainer, "routing_replay/replayed_frac").values()) == {0.0}
+    assert set(logged(trainer, "routing_replay/changed_router_frac").values()) == {None}

@@ -1,0 +1,138 @@
+"""`trl-r3 check`: load a model, attach, and try replay on it.
+
+Legend: B batch, T tokens, L MoE layers, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..records.agreement import changed_layers
+from ..routers.router_replay import RouterReplay
+from ..routers.self_check import UnsupportedRouterError
+
+TOKENS = (8, 4)  # batch, length of what is scored; short, for a collapsed router may repeat itself
+
+
+def main(name: str, dtype: str, device: str) -> int:
+    """
+    Check a model and print what was found.
+
+    Args:
+        name (`str`):
+            Id on the Hugging Face Hub, or a local folder.
+        dtype (`str`):
+            `"auto"`, or the name of a torch dtype.
+        device (`str`):
+            Device to load it on.
+
+    Returns:
+        `int`: Exit status: 0 if replay works, 1 if it does not, 2 if there is no such model.
+    """
+    try:
+        model = load(name, dtype).to(device).eval()
+    except (OSError, ValueError) as error:
+        print(f"{name} cannot be loaded: {error}", file=sys.stderr)
+        return 2
+    try:
+        replay = RouterReplay(model)
+    except UnsupportedRouterError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    try:
+        findings = {"own record": check_own(model, replay), "foreign record": check_foreign(model, replay)}
+    finally:
+        replay.remove()
+    console = Console(soft_wrap=True)
+    console.print(_table(model, replay, findings))
+    failed = [what for what, (passed, _) in findings.items() if not passed]
+    if failed:
+        print(f"replay of {' and '.join(failed)} does not do what it should, see above.", file=sys.stderr)
+        return 1
+    console.print("Routing replay works on this model.")
+    return 0
+
+
+def load(name: str, dtype: str) -> Any:
+    """A causal LM by its id or folder, one behind a vision tower included."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, (str, torch.dtype)):
+        raise ValueError(f"`--dtype` is {dtype!r}, which is no torch dtype. Pass `auto`, `float32` or `bfloat16`.")
+    config = AutoConfig.from_pretrained(name)
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    return auto.from_pretrained(name, dtype=torch_dtype)
+
+
+def check_own(model: Any, replay: RouterReplay) -> tuple[bool, str]:
+    """Whether replaying a forward's own record gives its logits, bit for bit."""
+    ids = _tokens(model)
+    with torch.no_grad():
+        with replay.record() as recorded:
+            logits = model(input_ids=ids, use_cache=False).logits
+        with replay.replay(recorded.routed_experts):
+            replayed = model(input_ids=ids, use_cache=False).logits
+    differing = int((logits != replayed).sum())
+    return differing == 0, f"{differing} of {logits.numel()} logits differ"
+
+
+def check_foreign(model: Any, replay: RouterReplay) -> tuple[bool, str]:
+    """Whether a record that the model would not have selected changes its logits, and is not its live selection."""
+    ids = _tokens(model)
+    with torch.no_grad():
+        with replay.record() as recorded:
+            logits = model(input_ids=ids, use_cache=False).logits
+        own_BTLK = recorded.routed_experts
+        foreign_BTLK = (own_BTLK.long() + 1) % replay.num_experts
+        with replay.replay(foreign_BTLK) as stats:
+            replayed = model(input_ids=ids, use_cache=False).logits
+    expected = int(changed_layers(own_BTLK[:, :, :1], foreign_BTLK[:, :, :1]).sum())
+    changed = int((logits != replayed).any(-1).sum())
+    return (
+        changed == ids.numel() and int(stats.changed_routers) >= expected,
+        f"{changed} of {ids.numel()} tokens get other logits",
+    )
+
+
+def _tokens(model: Any) -> Tensor:
+    embedding = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding.num_embeddings, TOKENS, generator=generator)
+    return ids.to(embedding.weight.device)
+
+
+def _table(model: Any, replay: RouterReplay, findings: dict[str, tuple[bool, str]]) -> Table:
+    routers = sorted({f"{type(router.module).__name__}" for router in replay._routers})
+    dense = sorted(set(range(replay.num_decoder_layers)) - set(replay.moe_layers))
+    table = Table(title=type(model).__name__, show_header=False)
+    table.add_row("routers", ", ".join(routers))
+    table.add_row("decoder layers", str(replay.num_decoder_layers))
+    table.add_row("MoE layers", f"{len(replay.moe_layers)}: {_ranges(replay.moe_layers)}")
+    table.add_row("dense layers", f"{len(dense)}: {_ranges(dense)}" if dense else "0")
+    table.add_row("experts (E)", str(replay.num_experts))
+    table.add_row("experts a token (K)", str(replay.top_k))
+    table.add_row(
+        "stored bytes a token", str(len(replay.moe_layers) * replay.top_k * replay.layout.storage_dtype.itemsize)
+    )
+    for what, (passed, seen) in findings.items():
+        table.add_row(what, f"{'passes' if passed else 'FAILS'}: {seen}")
+    return table
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 5] -> '1-3, 5'."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)

@@ -1,0 +1,80 @@
+"""The command `trl-r3`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    parser = argparse.ArgumentParser(prog="trl-r3", description="Rollout Routing Replay (R3) for TRL.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="train a small mixture of experts on this CPU, without replay and with it")
+    demo.add_argument("--model", choices=("qwen3", "mixtral"), default="qwen3", help="architecture (default: qwen3)")
+    demo.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("trl_r3_demo"),
+        help="folder for table, plot and log (default: %(default)s)",
+    )
+
+    check = commands.add_parser("check", help="say whether the routing of a model can be replayed, and try it")
+    check.add_argument("model", help="id on the Hugging Face Hub, or a local folder")
+    check.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
+    check.add_argument("--device", default="cpu", help="device to load it on (default: cpu)")
+
+    bench = commands.add_parser("bench", help="measure what replay costs on this CPU, and what it keeps")
+    bench.add_argument("--output", type=Path, default=None, help="JSON file to write the numbers to")
+    parts = bench.add_subparsers(dest="part")
+    gating = parts.add_parser("gating", help="measure the gating op instead, on a GPU")
+    gating.add_argument("--dry", action="store_true", help="few tokens and repeats: the times mean nothing")
+    gating.add_argument("--device", choices=("cpu", "cuda"), default=None, help="device to measure (default: cuda)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a subcommand.
+
+    Args:
+        argv (sequence of `str`, *optional*):
+            Arguments; those of the process by default.
+
+    Returns:
+        `int`: Exit status.
+    """
+    args = build_parser().parse_args(argv)
+    return {"demo": _demo, "check": _check, "bench": _bench}[args.command](args)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    demo.main(args.model, args.smoke, args.output)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from . import check
+
+    return check.main(args.model, args.dtype, args.device)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.part == "gating":
+        from .bench import gating
+
+        return gating.run(args.dry, args.device)
+    from . import bench
+
+    bench.main(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

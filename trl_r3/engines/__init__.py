@@ -1,0 +1,1 @@
+"""What each rollout engine returns, turned into records."""

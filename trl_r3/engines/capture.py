@@ -1,0 +1,215 @@
+"""Record the routes of one call of TRL's rollout engine, whichever it is.
+
+Legend: P prompt tokens, C completion tokens, L MoE layers, D decoder layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._compat import swapped
+from ..records.layout import RoutingLayout, select_moe_layers
+from ..records.storage import pack, slice_samples
+from ..routers.router_replay import RouterReplay
+from .continuous_batching import recorded_batches
+from .generate import generate_with_routes
+from .payloads import decode_vllm_output
+from .turns import RolloutRecord, Turn, stitch
+
+Prompts = Sequence[Sequence[int]]
+MakeTurn = Callable[[Prompts, Prompts], Turn]  # from prompts and completions, after the call
+
+
+def to_record(ids: np.ndarray | Tensor, layout: RoutingLayout, sample: int) -> Tensor:
+    """
+    Bring what an engine returned for one sample into the form of a record.
+
+    Args:
+        ids (`numpy.ndarray` or `torch.Tensor` of shape `(P + C - 1, S, K)`):
+            Expert ids of any integer dtype, one slot S per MoE layer or one per decoder layer.
+        layout ([`RoutingLayout`]):
+            Layers and experts of the model.
+        sample (`int`):
+            Index that errors name.
+
+    Returns:
+        `torch.Tensor` of shape `(P + C - 1, L, K)`: Packed ids on the host, in memory of their own.
+
+    Raises:
+        `ValueError`: Naming the sample, if the ids have another shape or are no experts of the model.
+    """
+    if not isinstance(ids, (np.ndarray, Tensor)):
+        raise ValueError(
+            f"sample {sample}: `routed_experts` is a {type(ids).__name__}, expected a numpy.ndarray or torch.Tensor "
+            "of (rows, layers, top_k). Pass one array a sample."
+        )
+    if ids.ndim != 3:
+        raise ValueError(
+            f"sample {sample}: `routed_experts` has {ids.ndim} dimensions, shape {tuple(ids.shape)}, expected 3: "
+            "(rows, layers, top_k). Pass one array a sample."
+        )
+    if isinstance(ids, np.ndarray):
+        ids = torch.from_numpy(np.require(ids, requirements=["C", "W", "O"]))  # copies what the engine still owns
+    try:
+        selected = select_moe_layers(ids.cpu(), layout)
+    except ValueError as error:
+        raise ValueError(f"sample {sample}: {error}") from error
+    return pack(selected, layout, sample=sample)
+
+
+def capture(trainer: Any, replay: RouterReplay) -> AbstractContextManager[MakeTurn]:
+    """
+    Record one call of `trainer._generate_single_turn`.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer; its settings tell the engine.
+        replay ([`RouterReplay`]):
+            Handle on its policy.
+
+    Returns:
+        A context manager. What it yields makes the [`Turn`] once the call has returned.
+    """
+    if trainer.use_vllm:
+        if trainer.vllm_mode == "server":
+            return _vllm_server(trainer, replay.layout)
+        return _vllm_colocate(trainer, replay.layout)
+    if trainer.use_transformers_continuous_batching:
+        return _continuous_batching(trainer, replay)
+    return _transformers(trainer, replay)
+
+
+@contextmanager
+def _transformers(trainer: Any, replay: RouterReplay) -> Iterator[MakeTurn]:
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    own_generate, rollouts = model.generate, []
+
+    def generate(*args, **kwargs):
+        rollouts.append(
+            generate_with_routes(
+                model, replay, own_generate, args, kwargs, temperature=trainer.temperature, mask_after_end=False
+            )
+        )
+        return rollouts[-1].output
+
+    def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+        (rollout,) = rollouts
+        prompts, completions = [len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids]
+        records = slice_samples(rollout.records.cpu(), rollout.prompt_width, prompts, completions)
+        assert rollout.logprobs is not None  # they were asked for, by temperature
+        sampled = [values[:count] for values, count in zip(rollout.logprobs.cpu(), completions, strict=True)]
+        return Turn(prompt_ids, completion_ids, records, sampled)
+
+    with swapped(model, "generate", generate):
+        yield make_turn
+
+
+@contextmanager
+def _continuous_batching(trainer: Any, replay: RouterReplay) -> Iterator[MakeTurn]:
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    own_generate, batches = model.generate_batch, []
+
+    def generate_batch(inputs, *args, **kwargs):
+        with recorded_batches(replay) as recorded:
+            outputs = own_generate(inputs, *args, **kwargs)
+        recorded.check(inputs, outputs)
+        batches.append((recorded, outputs))
+        return outputs
+
+    def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+        ((recorded, outputs),) = batches
+        records = [recorded.rows(request) for request in outputs]
+        sampled = [torch.tensor(output.logprobs) for output in outputs.values()]
+        return Turn(prompt_ids, completion_ids, records, sampled)
+
+    with swapped(model, "generate_batch", generate_batch):
+        yield make_turn
+
+
+@contextmanager
+def _vllm_colocate(trainer: Any, layout: RoutingLayout) -> Iterator[MakeTurn]:
+    generation = trainer.vllm_generation
+    own_generate, calls = generation.llm.generate, []
+
+    def generate(*args, **kwargs):
+        calls.append(own_generate(*args, **kwargs))
+        return calls[-1]
+
+    def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+        (outputs,) = calls
+        completions = [completion for output in outputs for completion in output.outputs]
+        if generation.tensor_parallel_size > 1:  # every rank of a group generates for all, and keeps its share
+            first = torch.distributed.get_rank(group=generation.tp_group) * len(prompt_ids)
+            completions = completions[first : first + len(prompt_ids)]
+        records = [to_record(decode_vllm_output(each), layout, sample) for sample, each in enumerate(completions)]
+        return Turn(prompt_ids, completion_ids, records)
+
+    with swapped(generation.llm, "generate", generate):
+        yield make_turn
+
+
+@contextmanager
+def _vllm_server(trainer: Any, layout: RoutingLayout) -> Iterator[MakeTurn]:
+    accelerator = trainer.accelerator
+
+    def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+        routes = trainer.vllm_generation.vllm_client.take_routes() if accelerator.is_main_process else None
+        own = _own_share(accelerator, routes, len(prompt_ids))
+        return Turn(prompt_ids, completion_ids, [to_record(ids, layout, sample) for sample, ids in enumerate(own)])
+
+    yield make_turn
+
+
+def _own_share(accelerator: Any, routes: list[np.ndarray] | None, count: int) -> list[np.ndarray]:
+    """Give each process the rows of its samples; the main process has asked the server for all."""
+    if accelerator.num_processes == 1:
+        assert routes is not None
+        return routes
+    # the shares that TRL cuts the completions into
+    shares = None
+    if routes is not None:
+        shares = [routes[rank * count : (rank + 1) * count] for rank in range(accelerator.num_processes)]
+    received: list[Any] = [None]
+    torch.distributed.scatter_object_list(received, shares, src=0)
+    return received[0]
+
+
+def rollout_of_func(
+    routes: Sequence[np.ndarray | Tensor] | None, prompt_ids: Prompts, completion_ids: Prompts, layout: RoutingLayout
+) -> RolloutRecord:
+    """
+    Check the records that a `rollout_func` returned.
+
+    Args:
+        routes (sequence of `numpy.ndarray` or `torch.Tensor` of shape `(T_i - 1, S, K)`, *optional*):
+            Its field `routed_experts`: one array a sample.
+        prompt_ids, completion_ids (sequence of `list[int]`):
+            Tokens of each sample.
+        layout ([`RoutingLayout`]):
+            Layers and experts of the model.
+
+    Returns:
+        [`RolloutRecord`].
+
+    Raises:
+        `ValueError`: If there are no records, or one of them does not belong to its tokens; it names the sample.
+    """
+    if routes is None:
+        raise ValueError(
+            "`rollout_func` returned no `routed_experts`. Return a list with one array of (prompt + completion - 1, "
+            "layers, top_k) expert ids a sample; `trainer.rollout_turn` records them. Or set "
+            "`use_routing_replay=False`."
+        )
+    if len(routes) != len(prompt_ids):
+        raise ValueError(
+            f"`rollout_func` returned `routed_experts` of {len(routes)} samples for {len(prompt_ids)} prompts. Return "
+            f"one array a sample."
+        )
+    records = [to_record(ids, layout, sample) for sample, ids in enumerate(routes)]
+    return stitch([Turn(prompt_ids, completion_ids, records)], prompt_ids, completion_ids, layout)

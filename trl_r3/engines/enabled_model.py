@@ -1,0 +1,142 @@
+"""A Transformers model that records and replays by itself: `generate(output_routed_experts=True)` returns the routes
+of its rollout, and `forward(routed_experts=...)` takes them.
+
+Legend: B sequences, T tokens, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..records.checks import rows_that_matter
+from ..records.layout import RoutingLayout
+from ..records.storage import missing_rows, unpack
+from ..routers.patches import Patch
+from ..routers.router_replay import RouterReplay
+from .generate import generate_with_routes
+from .generate_settings import setting
+
+
+def enable_routing_replay(model: nn.Module, *, gating: str = "auto") -> RouterReplay:
+    """
+    Let a Transformers model record and replay its routing.
+
+    From now on `model.generate(..., return_dict_in_generate=True, output_routed_experts=True)` returns the expert ids
+    of the rollout in `routed_experts`, and `model(..., routed_experts=...)` replays them.
+
+    Args:
+        model (`torch.nn.Module`):
+            A mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
+        gating (`str`, *optional*, defaults to `"auto"`):
+            How a recorded selection takes effect: `"intercept"`, `"op"` or `"auto"`, as in [`RouterReplay`].
+
+    Returns:
+        [`RouterReplay`]: The handle, for `record()` and `replay()`.
+
+    Raises:
+        [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
+        `ValueError`: If the model is compiled or already enabled.
+
+    Example:
+
+    ```python
+    >>> replay = enable_routing_replay(model)
+    >>> out = model.generate(**inputs, return_dict_in_generate=True, output_routed_experts=True)
+    >>> out.routed_experts.shape  # (B, T, num_moe_layers, K), T = out.sequences.size(1)
+    >>> loss = model(out.sequences, labels=labels, routed_experts=out.routed_experts).loss
+    >>> disable_routing_replay(model)
+    ```
+    """
+    replay = RouterReplay(model, gating)
+    lm = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if lm is None:
+        replay.remove()
+        raise TypeError(f"{type(model).__name__} holds no Transformers model, so it has no `generate` to enable.")
+    _EnabledModel(lm, replay)
+    return replay
+
+
+def disable_routing_replay(model: nn.Module) -> None:
+    """
+    Undo [`enable_routing_replay`]: the model is bit for bit what it was.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that was enabled, bare or in whatever wrapper.
+
+    Raises:
+        `ValueError`: If it was not.
+    """
+    patches = (module.__dict__.get("generate") for module in model.modules())
+    patch = next((patch for patch in patches if isinstance(patch, Patch)), None)
+    enabled = getattr(patch and patch.around, "__self__", None)
+    if not isinstance(enabled, _EnabledModel):
+        raise ValueError(
+            f"{type(model).__name__} has no routing replay to disable: `enable_routing_replay` was not called on it, "
+            "or it was disabled before."
+        )
+    enabled.remove()
+
+
+class _EnabledModel:
+    """The two methods that a user of an enabled model calls."""
+
+    def __init__(self, lm: PreTrainedModel, replay: RouterReplay):
+        self.lm = lm
+        self.replay = replay
+        self.patches = [
+            Patch(lm, self._forward, parameter="routed_experts"),
+            Patch(lm, self._generate, name="generate", parameter="output_routed_experts"),
+        ]
+
+    def remove(self) -> None:
+        """Take everything off the model."""
+        for patch in self.patches:
+            patch.remove()
+        self.replay.remove()
+
+    def _forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        routed_experts = kwargs.pop("routed_experts", None)
+        if routed_experts is None:
+            return forward(*args, **kwargs)
+        batch = self.replay.batch_source(routed_experts)
+        _check_missing(batch.record, self.replay.layout, kwargs)
+        with self.replay.replay_from(batch):
+            return forward(*args, **kwargs)
+
+    def _generate(self, generate: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not kwargs.pop("output_routed_experts", False):
+            return generate(*args, **kwargs)
+        if not setting(self.lm, kwargs, "return_dict_in_generate"):
+            raise ValueError(
+                "`output_routed_experts=True` returns the routes beside the sequences, but `return_dict_in_generate` "
+                "is not set. Set `return_dict_in_generate=True`."
+            )
+        rollout = generate_with_routes(self.lm, self.replay, generate, args, kwargs)
+        rollout.output["routed_experts"] = unpack(rollout.records, self.replay.layout)
+        return rollout.output
+
+
+def _check_missing(record: Tensor, layout: RoutingLayout, kwargs: dict[str, Any]) -> None:
+    """Refuse a missing row that a counted prediction depends on: it would come from other experts."""
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    if labels is None or record.shape[:2] != labels.shape:
+        return
+    attended = torch.ones_like(labels, dtype=torch.bool)
+    if torch.is_tensor(mask) and mask.shape == labels.shape:
+        attended = mask.bool()
+    predicts = torch.zeros_like(attended)
+    predicts[:, :-1] = (labels[:, 1:] != -100) & attended[:, 1:]
+    needed = rows_that_matter(predicts & attended, kwargs.get("position_ids"))
+    missing = missing_rows(record, layout).to(labels.device) & attended & needed
+    if missing.any():
+        sample, position = missing.nonzero()[0].tolist()
+        raise ValueError(
+            f"sample {sample}: the row of position {position} is missing, one of {int(missing.sum())} such rows, but "
+            "the loss counts predictions that depend on it. Pass the rows, or set `labels` to -100 from there on."
+        )

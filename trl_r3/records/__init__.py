@@ -1,0 +1,1 @@
+"""The record as data: which experts served each token. Pure tensors."""

@@ -1,0 +1,121 @@
+"""What no router can have selected: rows that are torn, out of range or repeat an expert, records of another length.
+
+Legend: B batch, T tokens of a sequence, R rows of a record, L MoE layers, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import RoutingLayout, place
+
+
+def sound_rows(ids: Tensor, num_experts: int) -> Tensor:
+    """
+    Which rows hold K distinct experts of the model.
+
+    Args:
+        ids (`torch.Tensor` of shape `(..., K)`):
+            Ids of any integer dtype.
+        num_experts (`int`):
+            Number of experts E.
+
+    Returns:
+        `torch.BoolTensor`: The shape of `ids` without its last dimension.
+    """
+    ordered = ids.sort(-1).values
+    distinct = (ordered[..., 1:] != ordered[..., :-1]).all(-1)
+    return distinct & (ordered[..., 0] >= 0) & (ordered[..., -1] < num_experts)
+
+
+def check_rows(record: Tensor, layout: RoutingLayout, *, sample: int = 0) -> None:
+    """
+    Refuse rows that no router can have selected.
+
+    Args:
+        record (`torch.Tensor` of shape `(R, L, K)`):
+            Packed ids of one sample, on the host.
+        layout ([`RoutingLayout`]):
+            Layers and experts of the model.
+        sample (`int`, *optional*, defaults to `0`):
+            Index that errors name.
+
+    Raises:
+        `ValueError`: Naming sample, layer and both numbers, for a row of which only a part is missing, or that names
+        an expert twice.
+    """
+    if record.numel() == 0:
+        return
+    ids = record.numpy()
+    some_missing = ids.max() >= layout.num_experts or ids.min() < 0
+    whole = ids[~_missing_whole(ids, layout, sample)] if some_missing else ids
+    # slot by slot in contiguous memory: a comparison of two planes runs at the speed of memory
+    planes = np.ascontiguousarray(whole.reshape(-1, layout.top_k).T)
+    if any((planes[i] == planes[j]).any() for i in range(layout.top_k) for j in range(i)):
+        _refuse_repeats(record, layout, sample)
+
+
+def _missing_whole(ids: np.ndarray, layout: RoutingLayout, sample: int) -> np.ndarray:
+    is_missing = ids == layout.missing
+    missing_R = is_missing[:, 0, 0]
+    torn = is_missing != missing_R[:, None, None]
+    if torn.any():
+        row, layer, _ = np.argwhere(torn)[0]
+        raise ValueError(
+            f"{place(layout, sample, layer, row)}: {is_missing[row].sum()} of {is_missing[row].size} ids of the row "
+            "are missing. A row is whole or missing: set all of its ids to -1."
+        )
+    return missing_R
+
+
+def _refuse_repeats(record: Tensor, layout: RoutingLayout, sample: int) -> None:
+    unsound_RL = ~sound_rows(record, layout.num_experts) & (record[..., 0] != layout.missing)
+    row, layer = unsound_RL.nonzero()[0].tolist()
+    chosen = record[row, layer].tolist()
+    repeated = max(chosen, key=chosen.count)
+    raise ValueError(
+        f"{place(layout, sample, layer, row)}: expert {repeated} appears {chosen.count(repeated)} times among "
+        f"{layout.top_k} ids {chosen}. A router selects distinct experts: the engine did not capture this row, or its "
+        "layers are mapped wrongly."
+    )
+
+
+def check_length(num_rows: int, num_tokens: int, sample: int) -> None:
+    """
+    Refuse a record that does not belong to its tokens: it has T - 1 rows (or T, the last one unused) for T tokens.
+
+    Raises:
+        `ValueError`: Naming the sample and both numbers.
+    """
+    if num_rows not in (num_tokens - 1, num_tokens):
+        raise ValueError(
+            f"sample {sample}: the record has {num_rows} rows for {num_tokens} tokens, expected {num_tokens - 1} (the "
+            f"last token is sampled, never fed). Pass the record of these tokens, truncated where they were."
+        )
+
+
+def rows_that_matter(predicts_BT: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """
+    Which rows can influence the loss: those at or before a prediction that the loss counts, in the same document. A
+    later token attends to every earlier one, so another expert there is another hidden state here.
+
+    Args:
+        predicts_BT (`torch.BoolTensor` of shape `(B, T)`):
+            Whether the loss counts the prediction that is made at a position (of the token after it).
+        position_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Positions in packed documents; each 0 begins one.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, T)`.
+    """
+    after = predicts_BT.flip(1).cumsum(1).flip(1)
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != predicts_BT.shape[1]:
+        return after > 0
+    num_tokens = predicts_BT.shape[1]
+    positions = torch.arange(num_tokens, device=predicts_BT.device)
+    starts = torch.where(position_ids.expand_as(predicts_BT) == 0, positions, num_tokens)
+    first_from = starts.flip(1).cummin(1).values.flip(1)
+    next_start = torch.nn.functional.pad(first_from[:, 1:], (0, 1), value=num_tokens)
+    return after - torch.nn.functional.pad(after, (0, 1)).gather(1, next_start) > 0

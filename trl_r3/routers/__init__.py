@@ -1,0 +1,1 @@
+"""One model: find its routers, check them, record and replay what they select."""

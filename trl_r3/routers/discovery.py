@@ -1,0 +1,217 @@
+"""Find the routers of a model by watching one forward of a few tokens, and check that each can be replayed.
+
+Legend: N tokens of the probe, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._compat import uses_kernels
+from ..gating import native_kernels
+from .gated import GatedRouter, GateFormula, with_gating_op
+from .interception import Router
+from .patches import Patch
+from .probe import Event, TopK, Trace, noise_like, probe, run_probe
+from .self_check import UnsupportedRouterError, check_router, evaluating, refusal, same_ids
+
+
+@dataclass
+class FoundRouters:
+    """
+    What [`find_routers`] found.
+
+    Args:
+        routers (list of [`Router`]):
+            By ascending decoder layer, each checked.
+        stack (`torch.nn.Module`):
+            The module that owns the decoder layers.
+        num_decoder_layers (`int`):
+            How many these are.
+    """
+
+    routers: list[Router]
+    stack: nn.Module
+    num_decoder_layers: int
+
+
+def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
+    """
+    Find the routers of a mixture-of-experts causal LM and check each on its real weights.
+
+    The model scores a few tokens twice, in evaluation mode. The first forward is watched: a router is the module that
+    makes the last top-k call before the experts of its block run; its place is the decoder-layer index in its module
+    path. The second one checks each router inside its own call, where sharded weights are gathered.
+
+    Args:
+        model (`torch.nn.Module`):
+            A Transformers model, bare or inside a `PeftModel`.
+        gating (`str`, *optional*, defaults to `"auto"`):
+            As in [`RouterReplay`].
+
+    Returns:
+        [`FoundRouters`].
+
+    Raises:
+        [`UnsupportedRouterError`]: If the model is dense, or one of its routers cannot be replayed.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedRouterError(f"{type(model).__name__} is an encoder-decoder. Replay needs a causal LM.")
+    names = {module: name for name, module in model.named_modules()}
+    experts = {module: name.rpartition(".")[0] for name, module in model.named_modules() if _is_experts(name)}
+    trace = probe(model, names, experts)
+    if not trace.events:
+        _refuse_without_events(model, names, experts, trace)
+    routers = [
+        _router_of(event, names, trace) for event in trace.events if not _is_static(event, model, names, experts)
+    ]
+    path, stack = _decoder_stack(model, [router.name for router in routers])
+    routers.sort(key=lambda router: router.layer)
+    _check_uniform(model, routers)
+    return FoundRouters(_checked(model, routers, gating), model.get_submodule(path), len(stack))  # type: ignore[arg-type]
+
+
+def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Router]:
+    """Run a second forward in which each router is checked, and given its op."""
+    checked: dict[int, Router] = {}
+
+    def check(index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        check_router(routers[index], forward, args, kwargs)
+        previous = checked.get(index - 1)
+        likely = previous.formula if isinstance(previous, GatedRouter) else None
+        checked[index] = _gated(routers[index], gating, likely, forward, args, kwargs)
+        return forward(*args, **kwargs)
+
+    patches = [Patch(router.module, check, index) for index, router in enumerate(routers)]
+    try:
+        with evaluating(model):
+            run_probe(model)
+    finally:
+        for patch in patches:
+            patch.remove()
+    for index, router in enumerate(routers):
+        if index not in checked:
+            raise refusal(router, "a second forward of the same tokens did not run it")
+    return [checked[index] for index in range(len(routers))]
+
+
+def _gated(
+    router: Router, gating: str, likely: GateFormula | None, forward: Callable, args: tuple, kwargs: dict[str, Any]
+) -> Router:
+    device = next((value.device.type for value in args if torch.is_tensor(value)), "cpu")
+    if gating == "intercept" or (gating == "auto" and device not in native_kernels()):
+        return router
+    gated = with_gating_op(router, forward, args, kwargs, likely)
+    if gated is None and gating == "op":
+        raise refusal(router, "`masked_topk_gating` does not cover its gate. Set `gating='auto'`")
+    return gated or router
+
+
+def _is_experts(name: str) -> bool:
+    # PEFT wraps the experts for `target_parameters`; the wrapper keeps the name and runs `base_layer`
+    return name.rpartition(".")[2] == "experts"
+
+
+def _refuse_without_events(model: nn.Module, names: dict, experts: dict, trace: Trace) -> None:
+    if experts:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} has {len(experts)} modules named `experts` "
+            f"({next(iter(experts.values()))}.experts), but its forward called none of them{_kernel_hint(model)}. "
+            "Replay needs routers that hand their selection to an `experts` module."
+        )
+    others = sorted({type(topk.module).__name__ for topk in trace.topks})
+    if others:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} has no module named `experts`, but its forward calls `torch.topk` in "
+            f"{', '.join(others)}. Replay needs routers that hand their selection to an `experts` module."
+        )
+    raise UnsupportedRouterError(
+        f"{type(model).__name__} is a dense model: no module in it is named `experts`, and its forward selects "
+        "nothing. There is no routing to replay; set `use_routing_replay=False`."
+    )
+
+
+def _kernel_hint(model: nn.Module) -> str:
+    return " because `use_kernels=True` fused them" if uses_kernels(model) else ""
+
+
+def _is_static(event: Event, model: nn.Module, names: dict, experts: dict) -> bool:
+    """Whether a block without a top-k selects by token id alone (hash routing), so that there is nothing to replay."""
+    if _selecting(event, names) is not None:
+        return False
+    if event.ids_args:
+        # other hidden states, same tokens
+        other = probe(model, names, experts, embed=noise_like)
+        twins = [twin for twin in other.events if twin.block == event.block]
+        if len(twins) == 1 and all(map(torch.equal, event.ids_args, twins[0].ids_args)):
+            return True
+    block = model.get_submodule(event.block)
+    children = ", ".join(f"{name} ({type(child).__name__})" for name, child in block.named_children())
+    raise UnsupportedRouterError(
+        f"{event.block} ({type(block).__name__}) of {type(model).__name__} reaches its experts without a `torch.topk`"
+        f"{_kernel_hint(model)}: its children are {children}. Replay can only replace a top-k selection."
+    )
+
+
+def _selecting(event: Event, names: dict) -> TopK | None:
+    """The last top-k that the block itself made before its experts ran; attention may make some, too."""
+    inside = [topk for topk in event.selections if (names[topk.module] + ".").startswith(event.block + ".")]
+    matching = [topk for topk in inside if any(same_ids(ids, topk.ids) for ids in event.ids_args)]
+    return next(reversed(matching or inside), None)
+
+
+def _router_of(event: Event, names: dict, trace: Trace) -> Router:
+    topk = _selecting(event, names)
+    assert topk is not None  # _is_static has raised otherwise
+    name, outputs = names[topk.module], trace.outputs[topk.module]
+    fired = len(outputs)
+    if fired != 1:
+        raise UnsupportedRouterError(
+            f"{name} ({type(topk.module).__name__}) ran {fired} times in one forward. A record has one slot a layer, "
+            "so a router must run once."
+        )
+    output = outputs[0] if isinstance(outputs[0], tuple) else ()
+    ids_output = next((i for i, value in enumerate(output) if same_ids(value, topk.ids)), None)
+    layer = _layer_path(name)
+    return Router(name, topk.module, layer[1], topk.columns, topk.top_k, topk.call_index, ids_output)
+
+
+def _layer_path(name: str) -> tuple[str, int]:
+    """Split a module path at its first index: 'model.layers.3.mlp.gate' -> ('model.layers', 3)."""
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if index is None:
+        raise UnsupportedRouterError(f"router {name} is not inside a numbered decoder layer, so its layer is unknown.")
+    return ".".join(parts[:index]), int(parts[index])
+
+
+def _decoder_stack(model: nn.Module, names: list[str]) -> tuple[str, nn.Module]:
+    """Path of the module that owns the decoder layers, and their list."""
+    stacks = {_layer_path(name)[0] for name in names}
+    if len(stacks) != 1:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} has routers in {len(stacks)} stacks of layers ({', '.join(sorted(stacks))}). "
+            "Replay needs them in one, the decoder."
+        )
+    path = stacks.pop()
+    return path.rpartition(".")[0], model.get_submodule(path)
+
+
+def _check_uniform(model: nn.Module, routers: list[Router]) -> None:
+    first = routers[0]
+    for previous, router in zip(routers, routers[1:], strict=False):
+        if router.layer == previous.layer:
+            raise UnsupportedRouterError(
+                f"{type(model).__name__} has two routers in decoder layer {router.layer}: {previous.name} and "
+                f"{router.name}. A record has one slot a layer."
+            )
+        if (router.num_experts, router.top_k) != (first.num_experts, first.top_k):
+            raise UnsupportedRouterError(
+                f"{router.name} selects {router.top_k} of {router.num_experts} experts, but {first.name} selects "
+                f"{first.top_k} of {first.num_experts}. A record has one K and one E for all layers."
+            )

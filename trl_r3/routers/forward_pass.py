@@ -1,0 +1,268 @@
+"""One forward of a model whose routers are watched, and the recomputes of its layers.
+
+Legend: N tokens of a forward (B * T), L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .._compat import checkpoint_functions
+from ..gating import RowStatus
+from ..records.agreement import changed_layers
+from ..records.layout import RoutingLayout
+from ..records.storage import missing_rows
+from .interception import Router
+
+
+class Pass(Protocol):
+    """One forward through the decoder stack, and the recomputes of its layers in backward."""
+
+    def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run router `index` as this pass wants it."""
+
+
+class LivePass:
+    """A forward that routes live."""
+
+    def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The router's own forward."""
+        return forward(*args, **kwargs)
+
+
+class RecordingPass:
+    """
+    One forward through the decoder stack that records, and the recomputes of its layers in backward.
+
+    Args:
+        routers (sequence of [`Router`]):
+            The routers of the model, by ascending layer.
+        layout ([`RoutingLayout`]):
+            Its layers and experts.
+    """
+
+    def __init__(self, routers: Sequence[Router], layout: RoutingLayout):
+        self.routers = routers
+        self.layout = layout
+        self.fired = [0] * len(routers)
+        self.live: dict[int, Tensor] = {}  # by MoE layer: (N, K)
+        self.executed_LNK: Tensor | None = None  # once closed: what a recompute replays
+
+    def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run router `index` as this pass wants it; a recompute goes through the experts that its forward did."""
+        router = self.routers[index]
+        if self.executed_LNK is not None:
+            executed_NK = self._on(self.executed_LNK[index], args, kwargs)
+            return router.replay(forward, args, kwargs, executed_NK, compare=False).output
+        self.fired[index] += 1
+        return self._route(index, router, forward, args, kwargs)
+
+    def _route(self, index: int, router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        output, self.live[index] = router.record(forward, args, kwargs)
+        return output
+
+    def _on(self, ids: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        # layers may be spread over devices
+        device = next(value.device for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        return ids if ids.device == device else ids.to(device)
+
+    def close(self) -> Tensor:
+        """
+        End the forward.
+
+        Returns:
+            `torch.Tensor` of shape `(N, L, K)`: Packed ids that it executed.
+
+        Raises:
+            `RuntimeError`: If it did not go through every router once.
+        """
+        self._check_fired()
+        selected_NLK = self._stacked(self.live).to(self.layout.storage_dtype)
+        self.live = {}
+        self.executed_LNK = selected_NLK.transpose(0, 1)
+        return selected_NLK
+
+    def _stacked(self, by_layer: dict[int, Tensor]) -> Tensor:
+        tensors = [by_layer[index] for index in sorted(by_layer)]
+        return torch.stack([tensor.to(tensors[0].device) for tensor in tensors], dim=1)
+
+    def _check_fired(self) -> None:
+        for router, fired in zip(self.routers, self.fired, strict=True):
+            if fired != 1:
+                raise RuntimeError(
+                    f"{router.name} ({type(router.module).__name__}) ran {fired} times in a forward, expected 1: its "
+                    f"selection was {'not' if fired == 0 else 'more than once'} replayed. A fused block, a swapped "
+                    "kernel or a replaced module bypasses it; undo that, or attach after it."
+                )
+
+
+class ReplayingPass(RecordingPass):
+    """
+    One forward that goes through recorded experts.
+
+    Args:
+        routers, layout:
+            As in [`RecordingPass`].
+        replayed_NLK (`torch.Tensor` of shape `(N, L, K)`):
+            Packed ids, on the device of the forward.
+        has_missing (`bool`):
+            Whether a row may be missing.
+    """
+
+    def __init__(self, routers: Sequence[Router], layout: RoutingLayout, replayed_NLK: Tensor, has_missing: bool):
+        super().__init__(routers, layout)
+        self.replayed_LNK = replayed_NLK.transpose(0, 1).contiguous()
+        self.replayed = self.replayed_LNK.unbind(0)
+        self.missing_N1 = missing_rows(replayed_NLK, layout)[:, None] if has_missing else None
+        self.status: dict[int, Tensor] = {}  # by MoE layer: (N,)
+
+    def _route(self, index: int, router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        replayed_NK, missing_N1 = self._on(self.replayed[index], args, kwargs), self.missing_N1
+        if missing_N1 is not None:
+            missing_N1 = self._on(missing_N1, args, kwargs)
+        routed = router.replay(forward, args, kwargs, replayed_NK, missing_N1)
+        if routed.live_NK is not None:
+            self.live[index] = routed.live_NK
+        if routed.status_N is not None:
+            self.status[index] = routed.status_N
+        return routed.output
+
+    def close(self) -> Tensor:
+        """
+        End the forward.
+
+        Returns:
+            `torch.BoolTensor` of shape `(N, L)`: Where the live selection is another set than the record. Missing rows
+            say nothing.
+
+        Raises:
+            `RuntimeError`: If it did not go through every router once.
+        """
+        self._check_fired()
+        changed, executed_LNK = [], self.replayed_LNK
+        if self.live:
+            layers = sorted(self.live)
+            live_NLK = self._stacked(self.live).to(self.replayed_LNK.device)
+            recorded_NLK = (self.replayed_LNK[layers] if self.status else self.replayed_LNK).transpose(0, 1)
+            changed.append(changed_layers(live_NLK, recorded_NLK))
+            if self.missing_N1 is not None and torch.is_grad_enabled():
+                # where the op gates, it finds the same live rows again
+                executed_NLK = torch.where(self.missing_N1[..., None], live_NLK, recorded_NLK)
+                executed_LNK = executed_LNK.clone()
+                executed_LNK[layers] = executed_NLK.to(executed_LNK.dtype).transpose(0, 1)
+            self.live = {}
+        if self.status:
+            changed.append(self._stacked(self.status).to(self.replayed_LNK.device) == RowStatus.DIFFERS_LIVE)
+            self.status = {}
+        self.executed_LNK = executed_LNK
+        return changed[0] if len(changed) == 1 else torch.cat(changed, dim=1)
+
+
+class ActivePass(threading.local):
+    """The pass that this thread is in. Backward recomputes on threads of its own."""
+
+    current: Pass | None = None
+    removed: threading.Event  # shared by all threads
+
+    def __init__(self, removed: threading.Event):
+        self.removed = removed  # threading.local passes this on to every thread
+
+    def __reduce__(self):  # a copied model starts idle
+        return (_idle, ())
+
+    @contextmanager
+    def use(self, pass_: Pass | None) -> Iterator[None]:
+        """Enter a pass."""
+        previous, self.current = self.current, pass_
+        try:
+            yield
+        finally:
+            self.current = previous
+
+    def bind(self, function: Callable, pass_: Pass) -> Callable:
+        """Let a checkpointed function run in `pass_`, now and when it is recomputed."""
+
+        def run_in_pass(*args, **kwargs):
+            if self.removed.is_set() and isinstance(pass_, ReplayingPass):
+                raise RuntimeError(
+                    "routing replay was removed between a replayed forward and its backward, so the recompute would "
+                    "route live. Call `backward()` before `remove()` or `disable_routing_replay()`."
+                )
+            with self.use(pass_):
+                return function(*args, **kwargs)
+
+        return run_in_pass
+
+
+def _idle() -> ActivePass:
+    return ActivePass(threading.Event())
+
+
+@contextmanager
+def bound_checkpoints(modules: Sequence[nn.Module], active: ActivePass, pass_: Pass) -> Iterator[None]:
+    """
+    Tie a pass to what the layers checkpoint in it.
+
+    Backward may run long after the forward, after other forwards, or never. The recompute finds its record because it
+    is part of the function that the checkpoint keeps, not because some state still happens to be there.
+    """
+    bound = checkpoint_functions(modules) if torch.is_grad_enabled() else []
+    for module, name, checkpoint in bound:
+        setattr(module, name, _binding(checkpoint, active, pass_))
+    try:
+        yield
+    finally:
+        for module, name, checkpoint in bound:
+            setattr(module, name, checkpoint)
+
+
+def _binding(checkpoint: Callable, active: ActivePass, pass_: Pass) -> Callable:
+    return lambda function, *args, **kwargs: checkpoint(active.bind(function, pass_), *args, **kwargs)
+
+
+@dataclass
+class ReplayStats:
+    """What [`RouterReplay.replay`] yields: counts over its forwards, on the model's device until they are read."""
+
+    forwards: int = 0
+    recorded_tokens: Tensor | int = 0  # tokens with a record
+    compared_tokens: Tensor | int = 0  # those that are attended to
+    changed_routers: Tensor | int = 0  # (token, layer) pairs whose live set differs from the recorded one
+    changed_tokens: Tensor | int = 0  # tokens with at least one such layer
+
+    def add(self, changed_NL: Tensor, recorded_N: Tensor, attended_N: Tensor | None) -> None:
+        """Count one forward."""
+        compared_N = recorded_N if attended_N is None else recorded_N & attended_N.to(recorded_N.device)
+        changed_NL = changed_NL & compared_N[:, None]
+        self.forwards += 1
+        self.recorded_tokens = self.recorded_tokens + recorded_N.sum()
+        self.compared_tokens = self.compared_tokens + compared_N.sum()
+        self.changed_routers = self.changed_routers + changed_NL.sum()
+        self.changed_tokens = self.changed_tokens + changed_NL.any(1).sum()
+
+
+def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | None:
+    """(N,) of `bool`, where the mask says which tokens are real."""
+    if torch.is_tensor(mask) and mask.shape == (batch_size, num_tokens):
+        return mask.flatten().bool()
+    return None
+
+
+def batch_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+    """Input ids (B, T), if the forward has them, and what it starts from: these, or embeddings (B, T, ...)."""
+    embeds = kwargs.get("inputs_embeds")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    main = ids if torch.is_tensor(ids) and embeds is None else embeds
+    if not torch.is_tensor(main) or main.ndim < 2:
+        raise RuntimeError(
+            f"the decoder was called with {sorted(kwargs)} and {len(args)} positional arguments, but neither "
+            "`input_ids` nor `inputs_embeds` is a batch among them. Pass one of them by name."
+        )
+    return (ids if torch.is_tensor(ids) and ids.ndim == 2 else None), main

@@ -1,0 +1,207 @@
+"""Routers whose gate `masked_topk_gating` computes: the op takes the place of everything after the logits.
+
+Legend: N tokens of a forward (B * T), E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gating import GatingOutput, masked_topk_gating
+from .interception import Routed, Router, TopKCall, TopKWatch
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class GateFormula:
+    """
+    Arguments of [`masked_topk_gating`] that reproduce a router's gate.
+
+    Args:
+        bias (`str`, *optional*):
+            Attribute of the router that holds the selection bias; it may be updated while the model trains.
+        score, renormalize, eps, scale, n_group, topk_group, group_score, weights_dtype:
+            As in [`masked_topk_gating`].
+    """
+
+    bias: str | None
+    score: str
+    renormalize: bool
+    eps: float
+    scale: float
+    n_group: int
+    topk_group: int
+    group_score: str
+    weights_dtype: torch.dtype
+
+    def __call__(
+        self, module: nn.Module, logits_NE: Tensor, top_k: int, recorded_NK: Tensor | None, compare: bool = False
+    ) -> GatingOutput:
+        """Weights, ids and status of `module`'s gate for these logits."""
+        return masked_topk_gating(
+            logits_NE,
+            top_k,
+            recorded_NK,
+            score=self.score,
+            renormalize=self.renormalize,
+            bias=None if self.bias is None else getattr(module, self.bias),
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            group_score=self.group_score,
+            eps=self.eps,
+            scale=self.scale,
+            weights_dtype=self.weights_dtype,
+            compare_live=compare,
+        )
+
+
+class _NoSelection(TopKWatch):
+    """Lets a router's forward run on to its end, which returns its logits, without the cost of a selection."""
+
+    def __init__(self) -> None:
+        super().__init__(self._skip)
+
+    def _skip(self, call: TopKCall, func: Callable, args: tuple, kwargs: dict) -> Any:
+        # what follows is thrown away, but has to run: any ids will do that are in range
+        values = call.scores.detach().narrow(call.dim, 0, call.top_k)
+        return torch.return_types.topk((values, torch.zeros(values.shape, dtype=torch.int64, device=values.device)))
+
+
+@dataclass
+class GatedRouter(Router):
+    """
+    A [`Router`] that replays through [`masked_topk_gating`].
+
+    Args:
+        formula ([`GateFormula`]):
+            Its gate.
+    """
+
+    formula: GateFormula
+
+    def replay(
+        self,
+        forward: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        replayed_NK: Tensor,
+        missing_N1: Tensor | None = None,
+        compare: bool = True,
+    ) -> Routed:
+        """As in [`Router`], with `status_N`; the op sees by itself which rows are missing."""
+        with _NoSelection():
+            logits_NE = forward(*args, **kwargs)[0]
+        if torch.is_grad_enabled() and not logits_NE.requires_grad and self._is_trained(args):
+            # something computed the logits out of autograd's sight: the gate would learn nothing
+            return super().replay(forward, args, kwargs, replayed_NK, missing_N1, compare)
+        gate = self.formula(self.module, logits_NE, self.top_k, replayed_NK, compare)
+        return Routed((logits_NE, gate.weights, gate.expert_ids), None, gate.status if compare else None)
+
+    def _is_trained(self, args: tuple) -> bool:
+        inputs = (value for value in args if torch.is_tensor(value))
+        return any(tensor.requires_grad for tensor in chain(inputs, self.module.parameters()))
+
+
+def with_gating_op(
+    router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any], likely: GateFormula | None = None
+) -> GatedRouter | None:
+    """
+    Find arguments with which the op equals the gate of a router, on its own selection and on a foreign one: weights,
+    ids, and the gradients of its inputs and parameters.
+
+    Args:
+        router ([`Router`]):
+            A router that has passed its check.
+        forward (`Callable`):
+            Its own forward.
+        args, kwargs:
+            Arguments that its forward was called with.
+        likely ([`GateFormula`], *optional*):
+            What to try first: the formula of the layer before.
+
+    Returns:
+        [`GatedRouter`], or `None` where the op does not cover the gate.
+    """
+    with torch.no_grad():
+        output = forward(*args, **kwargs)
+    if not (isinstance(output, tuple) and len(output) == 3 and router.ids_output == 2 and output[0].ndim == 2):
+        return None
+    logits_NE, weights_NK, own_NK = output
+    if logits_NE.shape[1] != router.num_experts or weights_NK.shape != own_NK.shape:
+        return None
+    foreign_NK = (own_NK + 1) % router.num_experts
+    expected = _gradients(router, forward, args, kwargs, foreign_NK)
+    candidates = _candidates(router.module, router.num_experts, weights_NK.dtype)
+    for formula in chain([likely] if likely else [], candidates):
+        gated = GatedRouter(**vars(router), formula=replace(formula, weights_dtype=weights_NK.dtype))
+        try:
+            with torch.no_grad():
+                live = formula(router.module, logits_NE, router.top_k, None)
+                own = formula(router.module, logits_NE, router.top_k, own_NK)
+        except (TypeError, ValueError):  # groups that do not divide E, say
+            continue
+        if not torch.equal(live.expert_ids.sort(-1).values, own_NK.sort(-1).values):
+            continue
+        if not _close(own.weights, weights_NK):
+            continue
+        replayed = _gradients(gated, forward, args, kwargs, foreign_NK)
+        if _close(replayed[0], expected[0]) and all(map(_close_gradient, replayed[1:], expected[1:])):
+            return gated
+    return None
+
+
+def _gradients(
+    router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any], ids_NK: Tensor
+) -> tuple[Tensor, ...]:
+    """Weights of a given selection, and the gradients of the router's inputs and parameters from them."""
+    with torch.enable_grad():
+        leaves = [
+            arg.detach().requires_grad_() if torch.is_tensor(arg) and arg.is_floating_point() else arg for arg in args
+        ]
+        inputs = [leaf for leaf, arg in zip(leaves, args, strict=True) if leaf is not arg]
+        inputs += [parameter for parameter in router.module.parameters() if parameter.requires_grad]
+        weights_NK = router.replay(forward, tuple(leaves), kwargs, ids_NK, None, False).output[1]
+        generator = torch.Generator(weights_NK.device).manual_seed(0)
+        weighting = torch.randn(weights_NK.shape, generator=generator, device=weights_NK.device, dtype=torch.float32)
+        gradients = torch.autograd.grad(
+            weights_NK, inputs, weighting.to(weights_NK.dtype), allow_unused=True, materialize_grads=True
+        )
+    return (weights_NK.detach(), *gradients)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = _TOLERANCE[other.dtype]
+    return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance * 1e-3)
+
+
+def _close_gradient(one: Tensor, other: Tensor) -> bool:
+    # sums over many tokens: their rounding is that of the largest
+    one, other = one.double(), other.double()
+    scale = float(other.abs().max()) if other.numel() else 0.0
+    return bool(((one - other).abs() <= _TOLERANCE[torch.bfloat16] * 1e-1 * scale + 1e-12).all())
+
+
+def _candidates(module: nn.Module, num_experts: int, dtype: torch.dtype) -> Iterator[GateFormula]:
+    # a bias that is still zero would go unnoticed, so buffers come first
+    biases: list[str | None] = [
+        name for name, buffer in module.named_buffers(recurse=False) if buffer.shape == (num_experts,)
+    ]
+    biases.append(None)
+    scales = [1.0, *(value for value in vars(module).values() if isinstance(value, float) and value != 1.0)]
+    groups = [(1, 1, "top2_sum")]
+    counts = {value for value in vars(module).values() if type(value) is int and 1 < value < num_experts}
+    groups += [
+        (n_group, topk_group, score)
+        for n_group, topk_group, score in product(sorted(counts), sorted(counts | {1}), ("top2_sum", "max"))
+        if num_experts % n_group == 0 and topk_group <= n_group
+    ]
+    scores = (("softmax", 0.0), ("topk_softmax", 0.0), ("sigmoid", 1e-20), ("sigmoid", 1e-6), ("sqrtsoftplus", 1e-20))
+    for group, bias, (score, eps), renormalize, scale in product(groups, biases, scores, (True, False), scales):
+        yield GateFormula(bias, score, renormalize, eps, scale, *group, weights_dtype=dtype)

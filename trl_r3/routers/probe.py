@@ -1,0 +1,115 @@
+"""Watch one forward of a few tokens: which modules made top-k calls, and what had been selected where experts ran.
+
+Legend: N tokens of the probe, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from .interception import TopKWatch
+from .self_check import UnsupportedRouterError, evaluating
+
+_PROBE_BATCH, _PROBE_TOKENS = 2, 8
+
+
+@dataclass
+class TopK:
+    """A top-k call of a module: which of its calls, over how many columns, and what it selected."""
+
+    module: nn.Module
+    call_index: int
+    columns: int
+    top_k: int
+    ids: Tensor
+
+
+@dataclass
+class Event:
+    """A mixture block reached its experts: what it had selected by then."""
+
+    block: str
+    selections: list[TopK]
+    ids_args: list[Tensor]  # integer arguments of the experts
+
+
+@dataclass
+class Trace:
+    """What one forward did."""
+
+    topks: list[TopK] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    outputs: dict[nn.Module, list[Any]] = field(default_factory=dict)  # of the modules that made a top-k
+
+
+def probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor], Tensor] | None = None) -> Trace:
+    """Run one forward and note every top-k, the module that made it, and every arrival at a block's experts."""
+    trace, stack, counts = Trace(), [], []
+    seen = 0
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        nonlocal seen
+        if module in experts:
+            ids_args = [arg.detach().clone() for arg in args if torch.is_tensor(arg) and not arg.is_floating_point()]
+            trace.events.append(Event(experts[module], trace.topks[seen:], ids_args))
+            seen = len(trace.topks)
+        stack.append(module)
+        counts.append(0)
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        stack.pop()
+        if counts.pop():
+            trace.outputs.setdefault(module, []).append(output)
+
+    def on_topk(call, func, args, kwargs):
+        result = func(*args, **kwargs)
+        if stack and call.scores.is_floating_point():
+            trace.topks.append(TopK(stack[-1], counts[-1], call.columns, call.top_k, result[1]))
+            counts[-1] += 1
+        return result
+
+    # hooks of the models own classes run too; ours only watch
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        with evaluating(model), TopKWatch(on_topk):
+            run_probe(model, embed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Score a few tokens."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    weight = embedding.weight
+    if weight.is_meta or weight.numel() == 0:
+        raise UnsupportedRouterError(
+            f"the weights of {type(model).__name__} are not on this process (device {weight.device}, "
+            f"{weight.numel()} elements of the embedding), so its routers cannot be checked. Attach after they are "
+            "loaded."
+        )
+    vocab = embedding.num_embeddings
+    ids = (torch.arange(_PROBE_BATCH * _PROBE_TOKENS, device=weight.device) * 7 + 3) % vocab
+    ids = ids.reshape(_PROBE_BATCH, _PROBE_TOKENS)
+    handle = None
+    if embed is not None:
+        handle = embedding.register_forward_hook(lambda module, args, output: embed(output))
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def noise_like(hidden: Tensor) -> Tensor:
+    """Other hidden states of the same size, for the same tokens."""
+    generator = torch.Generator(hidden.device).manual_seed(0)  # the global one belongs to the user
+    noise = torch.randn(hidden.shape, generator=generator, device=hidden.device, dtype=torch.float32)
+    return (noise * hidden.float().std() * 3).to(hidden.dtype)

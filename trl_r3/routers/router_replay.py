@@ -1,0 +1,296 @@
+"""A model's routers under one handle: record their selections, replay them, remove every trace.
+
+Legend: B batch, T tokens of a sequence, N = B * T, L MoE layers, S layer slots (L, or one per decoder layer), K
+experts per token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._compat import in_backward, is_compiled
+from ..records.checks import check_rows
+from ..records.layout import RoutingLayout, select_moe_layers
+from ..records.sources import RecordedRoutes, RecordSource, WholeBatch
+from ..records.storage import missing_rows, pack
+from .discovery import find_routers
+from .forward_pass import (
+    ActivePass,
+    LivePass,
+    Pass,
+    RecordingPass,
+    ReplayingPass,
+    ReplayStats,
+    attended_tokens,
+    batch_of,
+    bound_checkpoints,
+)
+from .gated import GatedRouter
+from .patches import Patch
+
+GATINGS = ("auto", "intercept", "op")
+
+
+class RouterReplay:
+    """
+    Records and replays the expert selections of a model.
+
+    Attaching runs a few tokens through the model to find its routers, and checks each of them. Until it is removed,
+    the handle owns the forward of the routers and of the module above the decoder layers; outside `record()` and
+    `replay()` they do what they always did. Used as a context manager, the handle is removed at the end.
+
+    Args:
+        model (`torch.nn.Module`):
+            A Transformers mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
+        gating (`str`, *optional*, defaults to `"auto"`):
+            How a recorded selection takes effect. `"intercept"`: the one top-k call of the router returns it, and the
+            router's own code goes on. `"op"`: [`masked_topk_gating`] computes the gate from the router's logits, where
+            it was found equal to the router's own. `"auto"`: the op where it covers the gate and its compiled kernels
+            are installed, else interception. Interception is the model's own code, bit for bit; the op rounds
+            otherwise.
+
+    Raises:
+        [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
+        `ValueError`: If the model is compiled or already attached.
+
+    Example:
+
+    ```python
+    >>> replay = RouterReplay(model)
+    >>> with replay.record() as recorded, torch.no_grad():
+    ...     model(input_ids)
+    >>> with replay.replay(recorded.routed_experts):
+    ...     loss = model(input_ids, labels=input_ids).loss
+    >>> loss.backward()  # a recompute replays the same record
+    >>> replay.remove()
+    ```
+    """
+
+    def __init__(self, model: nn.Module, gating: str = "auto"):
+        if gating not in GATINGS:
+            raise ValueError(f"`gating` is {gating!r}, expected one of {GATINGS}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the model is a {type(model).__name__}, expected a torch.nn.Module. Load it first: "
+                f"`AutoModelForCausalLM.from_pretrained(...)`."
+            )
+        unwrapped = _unwrap(model)
+        if any(isinstance(module.__dict__.get("forward"), Patch) for module in unwrapped.modules()):
+            raise ValueError(
+                "the model already has routing replay attached. Use the handle that exists, or call "
+                "`disable_routing_replay(model)` (`remove()` of the handle) first."
+            )
+        for module in (model, unwrapped):
+            if is_compiled(module):
+                raise ValueError(
+                    f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to "
+                    "the model before compiling, and do not compile it."
+                )
+        found = find_routers(unwrapped, gating)
+        self._routers, self.stack = found.routers, found.stack
+        self._modules = list(self.stack.modules())  # walking through them would take longer than replay
+        first = self._routers[0]
+        layers = tuple(router.layer for router in self._routers)
+        self.layout = RoutingLayout(layers, found.num_decoder_layers, first.num_experts, first.top_k)
+        self._active = ActivePass(threading.Event())
+        self._has_replayed = False
+        self._source: RecordSource | None = None
+        self._stats: ReplayStats | None = None
+        self._recorded: RecordedRoutes | None = None
+        self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self._routers)] + [
+            Patch(self.stack, self._forward_stack)
+        ]
+
+    def __enter__(self) -> RouterReplay:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Decoder-layer indices of the MoE layers, ascending."""
+        return list(self.layout.moe_layers)
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """Number of decoder layers, dense ones included."""
+        return self.layout.num_decoder_layers
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts a router chooses from."""
+        return self.layout.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Number of experts a token is routed to."""
+        return self.layout.top_k
+
+    def __repr__(self) -> str:
+        router = type(self._routers[0].module).__name__
+        gating = "op" if all(isinstance(router, GatedRouter) for router in self._routers) else "intercept"
+        return (
+            f"RouterReplay({router}, gating={gating!r}, moe_layers={self.moe_layers}, "
+            f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k})"
+        )
+
+    @contextmanager
+    def record(self) -> Iterator[RecordedRoutes]:
+        """
+        Record the selections of all forwards inside.
+
+        Yields:
+            [`RecordedRoutes`]: Its `routed_experts` has shape `(B, T, L, K)` and dtype `torch.int16`, on the model's
+            device: all forwards, concatenated along the sequence.
+        """
+        self._check_idle("record")
+        self._recorded = recorded = RecordedRoutes(self.layout)
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def replay(self, routed_experts: Tensor) -> Iterator[ReplayStats]:
+        """
+        Replay a record in every forward inside, and in the recomputes of their backward, wherever that runs.
+
+        Args:
+            routed_experts (`torch.Tensor` of shape `(B, T, S, K)`):
+                Ids of any integer dtype, on any device, aligned with the tokens of the forward. S is the number of MoE
+                layers, or of decoder layers (slots of dense layers are ignored). A row of -1 is missing: its token
+                routes live.
+
+        Yields:
+            [`ReplayStats`]: How far live and recorded selections differ.
+
+        Raises:
+            `ValueError`: If the record cannot be one of this model or of the forward's batch.
+            `RuntimeError`: If no forward went through the model.
+        """
+        with self.replay_from(self.batch_source(routed_experts)) as stats:
+            yield stats
+
+    def batch_source(self, routed_experts: Tensor) -> WholeBatch:
+        """
+        Check a record of a whole batch.
+
+        Args:
+            routed_experts (`torch.Tensor` of shape `(B, T, S, K)`):
+                As in [`RouterReplay.replay`].
+
+        Returns:
+            [`WholeBatch`]: What [`RouterReplay.replay_from`] takes.
+
+        Raises:
+            `ValueError`: Naming sample, layer and both numbers.
+        """
+        routed_experts = torch.as_tensor(routed_experts)
+        if routed_experts.ndim != 4:
+            raise ValueError(
+                f"`routed_experts` has {routed_experts.ndim} dimensions, shape {tuple(routed_experts.shape)}, "
+                "expected 4: (batch, tokens, layers, top_k)."
+            )
+        record = pack(select_moe_layers(routed_experts, self.layout), self.layout)
+        for sample, rows in enumerate(record.cpu()):
+            check_rows(rows, self.layout, sample=sample)
+            if rows.shape[0] > 1 and bool(missing_rows(rows, self.layout).all()):
+                raise ValueError(
+                    f"sample {sample}: all {rows.shape[0]} rows are missing, so nothing of it would be replayed. Pass "
+                    "its record, or leave the sample out."
+                )
+        return WholeBatch(record)
+
+    @contextmanager
+    def replay_from(self, source: RecordSource) -> Iterator[ReplayStats]:
+        """Like [`RouterReplay.replay`], for a batch whose rows several forwards share."""
+        self._check_idle("replay")
+        self._source, self._stats = source, (stats := ReplayStats())
+        try:
+            yield stats
+        finally:
+            self._source = self._stats = None
+        if stats.forwards == 0:
+            raise RuntimeError(
+                "no forward went through the model inside `replay()`, so nothing was replayed. Call the model that "
+                "this handle is attached to."
+            )
+
+    def remove(self) -> None:
+        """Give the model back as it was, bit for bit."""
+        self._active.removed.set()
+        while self._patches:
+            self._patches.pop().remove()
+
+    def _check_idle(self, wanted: str) -> None:
+        if not self._patches:
+            raise RuntimeError(f"`{wanted}()` on a handle that was removed. Attach to the model again.")
+        busy = "record" if self._recorded is not None else "replay" if self._source is not None else None
+        if busy is not None:
+            raise RuntimeError(f"`{wanted}()` inside `{busy}()`: a forward either records or replays. Nest nothing.")
+
+    def _route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        pass_ = self._active.current
+        if pass_ is not None:
+            return pass_.route(index, forward, args, kwargs)
+        if self._has_replayed and in_backward():
+            raise RuntimeError(
+                f"{self._routers[index].name} is recomputed in backward by a checkpoint that replay does not know, so "
+                "its record is lost. Use `model.gradient_checkpointing_enable()`."
+            )
+        return forward(*args, **kwargs)
+
+    def _forward_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("routed_experts") is not None:
+            raise RuntimeError(
+                "`routed_experts` was passed to a model that does not take it, so nothing of it would be replayed. "
+                "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
+            )
+        if self._source is not None:
+            return self._replay_stack(self._source, forward, args, kwargs)
+        if self._recorded is not None:
+            return self._record_stack(self._recorded, forward, args, kwargs)
+        if torch.is_grad_enabled():
+            return self._run(LivePass(), forward, args, kwargs)
+        return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
+
+    def _run(self, pass_: Pass, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        with self._active.use(pass_), bound_checkpoints(self._modules, self._active, pass_):
+            return forward(*args, **kwargs)
+
+    def _record_stack(self, recorded: RecordedRoutes, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        tokens, main = batch_of(args, kwargs)
+        pass_ = RecordingPass(self._routers, self.layout)
+        output = self._run(pass_, forward, args, kwargs)
+        recorded.forwards.append(pass_.close().unflatten(0, main.shape[:2]))
+        recorded.tokens.append(None if tokens is None else tokens.clone())  # a view would keep its base
+        return output
+
+    def _replay_stack(self, source: RecordSource, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        _, main = batch_of(args, kwargs)
+        batch_size, num_tokens = main.shape[:2]
+        record_NLK = source.take(batch_size, num_tokens).flatten(0, 1)
+        # on the host it costs nothing to know; on a device, knowing would wait for it
+        has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
+        replayed_NLK = record_NLK.to(main.device)
+        self._has_replayed = self._has_replayed or torch.is_grad_enabled()
+        pass_ = ReplayingPass(self._routers, self.layout, replayed_NLK, has_missing)
+        output = self._run(pass_, forward, args, kwargs)
+        changed_NL = pass_.close()
+        assert self._stats is not None  # replay_from() is around us
+        attended_N = attended_tokens(kwargs.get("attention_mask"), batch_size, num_tokens)
+        self._stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)
+        return output
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    from accelerate.utils import extract_model_from_parallel  # imports slowly
+
+    return extract_model_from_parallel(model, keep_torch_compile=True)

@@ -1,0 +1,128 @@
+"""The switch and its companions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..routers.router_replay import GATINGS
+
+MODES = ("R3", "R2")
+
+
+@dataclass
+class RoutingReplayConfigMixin:
+    r"""
+    Fields that routing replay adds to the config of a trainer.
+
+    Parameters:
+        use_routing_replay (`bool`, *optional*, defaults to `False`):
+            Whether every training forward goes through the experts that the rollout went through. Turns on their
+            capture in whatever rollout engine is configured, and fails at construction where that cannot work. With
+            `False` the trainer is the one of TRL, number for number.
+        routing_replay_mode (`str`, *optional*, defaults to `"R3"`):
+            What is replayed: `"R3"` the selection recorded by the rollout (arXiv 2510.11370), `"R2"` the one recorded
+            by the old-policy forward (arXiv 2507.18071, section 5.3).
+        routing_replay_max_missing (`float`, *optional*, defaults to `0.0`):
+            Share of rows that matter to the loss and may lack a record. Above it a step raises; below it they route
+            live and are counted in `routing_replay/missing_frac`.
+        routing_replay_compare_every (`int`, *optional*, defaults to `0`):
+            Every so many steps, score the batch once more with live routing, which logs `sampling/live/*` beside
+            `sampling/*`. `0` never does.
+        routing_replay_gating (`str`, *optional*, defaults to `"auto"`):
+            How a recorded selection takes effect: `"intercept"` leaves everything but the selection to the model's own
+            code, bit for bit; `"op"` computes the gate with [`masked_topk_gating`], equal up to rounding; `"auto"`
+            takes the op where its compiled kernels are installed and cover the gate.
+    """
+
+    use_routing_replay: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether every training forward goes through the experts that the rollout went through. Turns on "
+            "their capture in whatever rollout engine is configured, and fails at construction where that cannot "
+            "work. With False the trainer is the one of TRL, number for number."
+        },
+    )
+    routing_replay_mode: str = field(
+        default="R3",
+        metadata={
+            "help": "What is replayed: 'R3' the selection recorded by the rollout, 'R2' the one recorded by the "
+            "old-policy forward.",
+            "choices": list(MODES),
+        },
+    )
+    routing_replay_max_missing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of rows that matter to the loss and may lack a record. Above it a step raises; below it "
+            "they route live and are counted in routing_replay/missing_frac."
+        },
+    )
+    routing_replay_compare_every: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, score the batch once more with live routing, which logs sampling/live/* "
+            "beside sampling/*. 0 never does."
+        },
+    )
+    routing_replay_gating: str = field(
+        default="auto",
+        metadata={
+            "help": "How a recorded selection takes effect: 'intercept' leaves everything but the selection to the "
+            "model's own code, bit for bit; 'op' computes the gate with masked_topk_gating, equal up to rounding; "
+            "'auto' takes the op where its compiled kernels are installed and cover the gate.",
+            "choices": list(GATINGS),
+        },
+    )
+
+
+def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
+    """
+    Refuse values that cannot work, of the fields above and of what they depend on.
+
+    Args:
+        args ([`~trl.GRPOConfig`]):
+            A config with the fields of [`RoutingReplayConfigMixin`].
+        has_old_policy_forward (`bool`):
+            Whether the trainer scores a rollout before it updates on it.
+
+    Raises:
+        `ValueError`: Naming the field, its value and what to set instead.
+    """
+    if args.routing_replay_mode not in MODES:
+        raise ValueError(
+            f"`routing_replay_mode` is {args.routing_replay_mode!r}, expected one of {MODES}. Set "
+            f"`routing_replay_mode='R3'` to replay the rollout."
+        )
+    if args.routing_replay_gating not in GATINGS:
+        raise ValueError(
+            f"`routing_replay_gating` is {args.routing_replay_gating!r}, expected one of {GATINGS}. Set "
+            f"`routing_replay_gating='auto'`."
+        )
+    if not 0.0 <= args.routing_replay_max_missing <= 1.0:
+        raise ValueError(
+            f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "
+            "Set `routing_replay_max_missing=0.0` to allow no missing row."
+        )
+    if args.routing_replay_compare_every < 0 or args.routing_replay_compare_every != int(
+        args.routing_replay_compare_every
+    ):
+        raise ValueError(
+            f"`routing_replay_compare_every` is {args.routing_replay_compare_every}, but it counts steps. Set "
+            f"`routing_replay_compare_every=0` to never compare."
+        )
+    if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
+        raise ValueError(
+            "`routing_replay_mode='R2'` replays what the old-policy forward recorded, but TRL skips that forward "
+            f"with `gradient_accumulation_steps={args.gradient_accumulation_steps}`, "
+            f"`steps_per_generation={args.steps_per_generation}` and `num_iterations={args.num_iterations}`: all "
+            "updates of a batch fall into one optimizer step. Set `num_iterations` or `steps_per_generation` higher "
+            "so that one rollout serves several optimizer steps, or `routing_replay_mode='R3'`."
+        )
+
+
+def has_old_policy_forward(args: Any) -> bool:
+    """Whether GRPO scores a rollout before it updates on it, by the rule of `_generate_and_score_completions`."""
+    if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0:
+        return True
+    return bool(args.use_vllm and args.vllm_importance_sampling_correction)

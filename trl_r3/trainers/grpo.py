@@ -1,0 +1,73 @@
+"""GRPO with Rollout Routing Replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl import GRPOConfig, GRPOTrainer
+
+from .config import RoutingReplayConfigMixin, check_config, has_old_policy_forward
+from .mixin import RoutingReplayMixin
+
+
+@dataclass
+class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
+    r"""
+    Configuration class for the [`R3GRPOTrainer`]: [`~trl.GRPOConfig`] and the fields of [`RoutingReplayConfigMixin`].
+
+    Parameters:
+        use_routing_replay (`bool`, *optional*, defaults to `False`):
+            Whether every training forward goes through the experts that the rollout went through.
+        routing_replay_mode (`str`, *optional*, defaults to `"R3"`):
+            `"R3"`: recorded by the rollout; `"R2"`: recorded by the old-policy forward.
+        routing_replay_max_missing (`float`, *optional*, defaults to `0.0`):
+            Share of rows that matter to the loss and may lack a record.
+        routing_replay_compare_every (`int`, *optional*, defaults to `0`):
+            Every so many steps, score the batch once more with live routing.
+        routing_replay_gating (`str`, *optional*, defaults to `"auto"`):
+            `"intercept"`, `"op"`, or the op where its compiled kernels are installed and cover the gate.
+
+    Example:
+
+    ```python
+    >>> from trl_r3 import R3GRPOConfig
+    >>> args = R3GRPOConfig("out", use_routing_replay=True, use_vllm=True)
+    ```
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_config(self, has_old_policy_forward=has_old_policy_forward(self))
+
+
+class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] with Rollout Routing Replay (R3, https://huggingface.co/papers/2510.11370).
+
+    With `use_routing_replay=True`, every training forward goes through the experts that the rollout went through: the
+    old-policy pass, each update and each recompute of gradient checkpointing. Weights and gradients stay live. Left
+    alone are the reference policy, reward models and evaluation, which route live, and everything else that TRL does.
+    With `use_routing_replay=False` it is `GRPOTrainer`, number for number.
+
+    Args:
+        args ([`R3GRPOConfig`], *optional*):
+            Configuration. If `None`, a default one without replay.
+        kwargs:
+            All other arguments are those of [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+    >>> trainer = R3GRPOTrainer(
+    ...     model="Qwen/Qwen3-30B-A3B",
+    ...     args=R3GRPOConfig("out", use_routing_replay=True),
+    ...     reward_funcs=accuracy_reward,
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "r3"]
+    _name = "GRPO with Rollout Routing Replay (R3)"

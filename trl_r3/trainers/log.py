@@ -1,0 +1,112 @@
+"""What routing replay writes into TRL's log.
+
+Legend: B batch, C completion tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
+
+from ..records.sources import ScoredBatch
+from ..routers.forward_pass import ReplayStats
+from .metrics import mismatch_sums
+
+SHARES = (
+    "routing_replay/replayed_frac",
+    "routing_replay/missing_frac",
+    "routing_replay/changed_router_frac",
+    "routing_replay/changed_token_frac",
+    "sampling/k3_kl",
+    "sampling/extreme_token_frac",
+    "sampling/live/k3_kl",
+    "sampling/live/extreme_token_frac",
+)
+
+if TYPE_CHECKING:
+    _Trainer = GRPOTrainer  # what the mixin calls on `self`
+else:
+    _Trainer = object
+
+
+class ReplayLogMixin(_Trainer):
+    """The metrics of a trainer that replays: how much it replayed, and how far rollout and training disagree."""
+
+    if TYPE_CHECKING:  # what GRPOTrainer sets without annotating it
+        args: Any
+        model: Any
+        pad_to_multiple_of: Any
+
+    _use_replay: bool
+    _last_compared: int | None = None  # step of the last comparison with live routing
+
+    def __init__(self, *args, **kwargs):
+        self._shares: dict[str, Tensor] = {}  # by metric: (part, whole)
+        super().__init__(*args, **kwargs)
+
+    def _compare_is_due(self) -> bool:
+        every, step = self.args.routing_replay_compare_every, self.state.global_step
+        due = every > 0 and (self._last_compared is None or step - self._last_compared >= every)
+        if due:
+            self._last_compared = step
+        return due
+
+    def _score_live(self, output: dict[str, Any]) -> Tensor:
+        input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return self._get_per_token_logps_and_entropies(
+                self.model,
+                input_ids,
+                attention_mask,
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )[0]
+
+    def _padded_like(self, logprobs: list[Tensor], completion_ids: Tensor) -> Tensor:
+        padded = pad(logprobs, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+        return padded.to(completion_ids.device)
+
+    def _log_mismatch(self, batch: dict[str, Any], train_logprobs: Tensor | None, prefix: str = "sampling") -> None:
+        """Log rollout against training, at weights that have not changed since the rollout."""
+        rollout_logprobs = batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
+        if train_logprobs is None or rollout_logprobs is None:
+            return
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        k3, extreme, count = mismatch_sums(train_logprobs, rollout_logprobs, mask)
+        self._add_share(f"{prefix}/k3_kl", k3, count)
+        self._add_share(f"{prefix}/extreme_token_frac", extreme, count)
+
+    def _log_replay(self, stats: ReplayStats, batch: ScoredBatch) -> None:
+        """Log how much was replayed, and how far live routing has moved from the record."""
+        routers = stats.compared_tokens * len(batch.layout.moe_layers)
+        self._add_share("routing_replay/replayed_frac", batch.rows - batch.missing, batch.rows)
+        self._add_share("routing_replay/missing_frac", batch.missing, batch.rows)
+        self._add_share("routing_replay/changed_router_frac", stats.changed_routers, routers)
+        self._add_share("routing_replay/changed_token_frac", stats.changed_tokens, stats.compared_tokens)
+
+    def _add_share(self, name: str, part: Tensor | int, whole: Tensor | int) -> None:
+        """Add to part / whole of a metric, which is logged over all processes and steps since the last log."""
+        # stays on the device: a number that is read makes the host wait for it
+        sums = torch.stack([torch.as_tensor(value, device=self.accelerator.device).float() for value in (part, whole)])
+        self._shares[name] = self._shares[name] + sums if name in self._shares else sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`log` of TRL, with the shares that have come together."""
+        if self._use_replay and self.model.training:
+            self._collect_shares()
+        super().log(logs, start_time)
+
+    def _collect_shares(self) -> None:
+        nothing = torch.zeros(2, device=self.accelerator.device)
+        local = torch.stack([self._shares.get(name, nothing) for name in SHARES])
+        # one collective and one wait, of the same size on every process
+        for name, (part, whole) in zip(SHARES, self.accelerator.reduce(local, reduction="sum").tolist(), strict=True):
+            if name in self._shares:
+                self._metrics["train"][name].append(part / whole if whole else float("nan"))
+        self._shares = {}
