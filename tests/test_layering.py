@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_importing_the_package_does_not_import_trl():
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"trl_r3", "torch", "transformers"} <= set(loaded.stdout.split())
     assert not {"trl", "vllm", "peft"} & set(loaded.stdout.split())
+
+
+USED = [*ROOT.glob("examples/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", USED, ids=lambda path: path.name)
+def test_users_need_no_deeper_import(path):
+    """What examples and documents use is public by place."""
+    found = re.findall(r"^ *(?:from|import) (trl_r3[.\w]*)", path.read_text(), re.M)
+    assert set(found) <= {"trl_r3"}
 
 
 def environment_reads(source: str) -> list[int]:

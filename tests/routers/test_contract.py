@@ -142,3 +142,12 @@ def test_a_constant_router_may_repeat_its_rows(qwen):
     with executed_ids(qwen) as seen:
         qwen(ids, labels=ids, routed_experts=varied)
     assert torch.equal(stacked(seen, 2), varied.long())
+
+
+@pytest.mark.parametrize(("gating", "shown"), [("intercept", "intercept"), ("op", "op")])
+def test_how_the_gate_is_computed_can_be_chosen(qwen, ids, gating, shown):
+    replay = enable_routing_replay(qwen, gating=gating)
+    assert f"gating={shown!r}" in repr(replay)
+    disable_routing_replay(qwen)
+    with pytest.raises(ValueError, match="`gating` is 'fast', expected one of"):
+        enable_routing_replay(qwen, gating="fast")

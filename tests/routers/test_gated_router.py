@@ -5,13 +5,14 @@ import torch
 from model_zoo import MOE_MODEL_TYPES, build_tiny
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
-from trl_r3.routers.gated import GatedRouter
+from trl_r3.routers.gated import GatedRouter, GateFormula
 
 # The op has no argument for these gates: weights scaled per expert, a bias or state that the block passes in, sink
-# experts, a scatter, a gate inside the block, or no top-k at all.
+# experts, a scatter, a gate inside the block, or no top-k at all. Or their weight is that of a module inside them.
 NOT_COVERED = {
-    "afmoe", "dbrx", "doge", "ernie4_5_moe", "gemma4", "gemma4_text", "hy_v3", "inkling_text", "jetmoe", "kolibri1",
-    "laguna", "lfm2_moe", "llama4", "llama4_text", "minimax_m2", "phimoe", "zaya",
+    "afmoe", "dbrx", "doge", "ernie4_5_moe", "gemma4", "gemma4_text", "hunyuan_v1_moe", "hy_v3",
+    "inkling_text", "jetmoe", "kolibri1", "laguna", "lfm2_moe", "llama4", "llama4_text", "longcat_flash", "minimax_m2",
+    "phimoe", "zaya",
 }  # fmt: skip
 COVERED = [model_type for model_type in MOE_MODEL_TYPES if model_type not in NOT_COVERED]
 
@@ -120,3 +121,115 @@ def test_a_gate_that_is_off_is_not_replaced(monkeypatch):
     replay = RouterReplay(model)
     assert "intercept" in repr(replay)
     replay.remove()
+
+
+class _LinearOfItsOwn(torch.autograd.Function):
+    """`F.linear` as DeepSpeed replaces it under ZeRO-3: torch functions run inside, out of sight of autograd."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias):
+        ctx.save_for_backward(hidden, weight)
+        return hidden.matmul(weight.t()) if bias is None else hidden.matmul(weight.t()) + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        products = grad.matmul(weight), flat.t().matmul(hidden.reshape(-1, hidden.shape[-1]))
+        return *products, flat.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear_of_its_own(hidden, weight, bias=None):
+    return _LinearOfItsOwn.apply(hidden, weight, bias)
+
+
+def linear_out_of_sight(hidden, weight, bias=None):
+    """The mistake: the right values, and no gradient."""
+    return _LinearOfItsOwn.apply(hidden.detach(), weight.detach(), bias)
+
+
+@pytest.mark.parametrize("when", ["before attaching", "after attaching"])
+def test_another_linear_function_keeps_the_gradients(qwen, monkeypatch, when):
+    with torch.no_grad(), RouterReplay(qwen) as replay, replay.record() as recorded:
+        qwen(batch())
+    foreign = (recorded.routed_experts + 1) % replay.num_experts
+    logits, grads, _ = replayed(qwen, "intercept", foreign)
+    if when == "before attaching":
+        monkeypatch.setattr(torch.nn.functional, "linear", linear_of_its_own)
+    with RouterReplay(qwen, gating="op") as replay:
+        assert all(isinstance(router, GatedRouter) for router in replay._routers)
+        monkeypatch.setattr(torch.nn.functional, "linear", linear_of_its_own)
+        qwen.zero_grad()
+        with replay.replay(foreign):
+            own = qwen(batch(), use_cache=False).logits
+        own.float().log_softmax(-1)[..., 0].sum().backward()
+    own_grads = torch.cat([p.grad.flatten().float() for p in qwen.parameters() if p.grad is not None])
+    torch.testing.assert_close(own, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own_grads, grads, rtol=1e-3, atol=1e-4 * float(grads.abs().max()))
+
+
+def test_a_product_without_its_gradient_is_not_the_routers(qwen, monkeypatch):
+    """A check of values alone would take it, and the gate would learn nothing."""
+    monkeypatch.setattr(
+        GateFormula,
+        "logits",
+        lambda self, module, hidden: linear_out_of_sight(hidden.reshape(-1, hidden.shape[-1]), module.weight),
+    )
+    with pytest.raises(UnsupportedRouterError, match="does not cover its gate"):
+        RouterReplay(qwen, gating="op")
+
+
+class _Shaken(torch.nn.Module):
+    """A router that does something else to its inputs in training."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.weight, self.top_k = router.weight, router.top_k
+
+    def forward(self, hidden):
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        if self.training:
+            hidden = hidden * 1.5
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        weights, ids = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
+        return logits, weights / weights.sum(-1, keepdim=True), ids
+
+
+def test_a_router_that_differs_in_training_is_intercepted(qwen):
+    for layer in (1, 3):
+        qwen.model.layers[layer].mlp.gate = _Shaken(qwen.model.layers[layer].mlp.gate)
+    with pytest.raises(UnsupportedRouterError, match="does not cover its gate"):
+        RouterReplay(qwen, gating="op")
+    RouterReplay(qwen, gating="intercept").remove()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_rebound_forwards_do_what_watched_ones_do(model_type, checkpointing):
+    """The fast way to the one top-k call, and its slow twin."""
+    found = []
+    for rebound in (True, False):
+        model = build_tiny(model_type).train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        with RouterReplay(model, gating="intercept") as replay:
+            assert all(router.rebound is not None for router in replay._routers)
+            if not rebound:
+                for router in replay._routers:
+                    router.rebound = None
+            with torch.no_grad(), replay.record() as recorded:
+                live = model(batch(), use_cache=False).logits
+            with replay.replay((recorded.routed_experts + 1) % replay.num_experts) as stats:
+                logits = model(batch(), use_cache=False).logits
+            assert not torch.equal(logits, live) and int(stats.changed_routers) > 0
+            logits.float().log_softmax(-1)[..., 0].sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_masked_scores_are_watched():
+    """Group-limited gates mask their scores first, which a name bound to another function would not show."""
+    with RouterReplay(
+        build_tiny("deepseek_v2", topk_method="group_limited_greedy", n_group=2, topk_group=1)
+    ) as replay:
+        assert all(router.rebound is None for router in replay._routers)

@@ -168,3 +168,18 @@ def test_model_card_names_r3_and_cites_its_paper(build, qwen3, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "arXiv:2510.11370" in card and "huggingface.co/papers/2510.11370" in card
     assert "- r3\n" in card and "Rollout Routing Replay (R3)" in card
+
+
+def test_gating_reaches_the_handle(build, qwen3):
+    seen = []
+    trainer = build(qwen3(), max_steps=1, routing_replay_gating="op")
+    trainer.reward_funcs[0] = lambda completions, **kwargs: (
+        seen.append(repr(trainer.routing_replay)) or [0.0] * len(completions)
+    )
+    trainer.train()
+    assert seen and all("gating='op'" in each for each in seen)
+
+
+def test_unknown_gating_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`routing_replay_gating` is 'fast'"):
+        R3GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, routing_replay_gating="fast")

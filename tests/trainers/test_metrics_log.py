@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trl_r3 import R3GRPOTrainer
+from trl_r3.trainers.log import SHARES
 
 REPLAY = [f"routing_replay/{name}_frac" for name in ("replayed", "missing", "changed_router", "changed_token")]
 MISMATCH = ["sampling/k3_kl", "sampling/extreme_token_frac"]
@@ -280,3 +281,23 @@ def test_rollout_without_any_record_routes_live_if_allowed(qwen3, train, check, 
     assert set(logged(trainer, "routing_replay/missing_frac").values()) == {1.0}
     assert set(logged(trainer, "routing_replay/replayed_frac").values()) == {0.0}
     assert set(logged(trainer, "routing_replay/changed_router_frac").values()) == {None}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_all_metrics_cost_one_collective_a_log(qwen3, build, every):
+    trainer = build(
+        qwen3(), max_steps=4, logging_steps=every, gradient_accumulation_steps=2, routing_replay_compare_every=1
+    )
+    sizes, own = [], trainer.accelerator.reduce
+
+    def reduce(tensor, *args, **kwargs):
+        sizes.append(tuple(tensor.shape))
+        return own(tensor, *args, **kwargs)
+
+    trainer.accelerator.reduce = reduce
+    trainer.train()
+    ours = [size for size in sizes if len(size) == 2]
+    assert ours == [(len(SHARES), 2)] * (4 // every)
+    logged_steps = [entry for entry in trainer.state.log_history if "sampling/live/k3_kl" in entry]
+    assert len(logged_steps) == 4 // every
+    assert all(set(SHARES) <= entry.keys() for entry in logged_steps)

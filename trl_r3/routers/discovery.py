@@ -6,7 +6,7 @@ Legend: N tokens of the probe, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from .gated import GatedRouter, GateFormula, with_gating_op
 from .interception import Router
 from .patches import Patch
 from .probe import Event, TopK, Trace, noise_like, probe, run_probe
-from .self_check import UnsupportedRouterError, check_router, evaluating, refusal, same_ids
+from .self_check import (
+    UnsupportedRouterError,
+    check_router,
+    evaluating,
+    rebound_forward,
+    refusal,
+    same_ids,
+)
 
 
 @dataclass
@@ -81,10 +88,11 @@ def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Route
     checked: dict[int, Router] = {}
 
     def check(index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        check_router(routers[index], forward, args, kwargs)
+        router = replace(routers[index], rebound=rebound_forward(routers[index], forward, args, kwargs))
+        check_router(router, forward, args, kwargs)
         previous = checked.get(index - 1)
         likely = previous.formula if isinstance(previous, GatedRouter) else None
-        checked[index] = _gated(routers[index], gating, likely, forward, args, kwargs)
+        checked[index] = _gated(router, gating, likely, forward, args, kwargs)
         return forward(*args, **kwargs)
 
     patches = [Patch(router.module, check, index) for index, router in enumerate(routers)]

@@ -1,4 +1,4 @@
-"""Routers whose gate `masked_topk_gating` computes: the op takes the place of everything after the logits.
+"""Routers whose gate `masked_topk_gating` computes: a product with their weight, and the op.
 
 Legend: N tokens of a forward (B * T), E experts, K experts per token.
 """
@@ -6,15 +6,16 @@ Legend: N tokens of a forward (B * T), E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import chain, product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gating import GatingOutput, masked_topk_gating
-from .interception import Routed, Router, TopKCall, TopKWatch
+from .interception import Routed, Router
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -25,12 +26,15 @@ class GateFormula:
     Arguments of [`masked_topk_gating`] that reproduce a router's gate.
 
     Args:
+        in_float32 (`bool`):
+            Whether the logits are a product in float32, of whatever the inputs and the weight are.
         bias (`str`, *optional*):
             Attribute of the router that holds the selection bias; it may be updated while the model trains.
         score, renormalize, eps, scale, n_group, topk_group, group_score, weights_dtype:
             As in [`masked_topk_gating`].
     """
 
+    in_float32: bool
     bias: str | None
     score: str
     renormalize: bool
@@ -40,6 +44,15 @@ class GateFormula:
     topk_group: int
     group_score: str
     weights_dtype: torch.dtype
+
+    def logits(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """(N, E) logits of a router's input, of shape (..., H)."""
+        weight: Any = module.weight
+        bias: Any = getattr(module, "bias", None)
+        hidden_NH = hidden.reshape(-1, hidden.shape[-1])
+        if self.in_float32:
+            hidden_NH, weight, bias = hidden_NH.float(), weight.float(), None if bias is None else bias.float()
+        return F.linear(hidden_NH, weight, bias)
 
     def __call__(
         self, module: nn.Module, logits_NE: Tensor, top_k: int, recorded_NK: Tensor | None, compare: bool = False
@@ -62,18 +75,6 @@ class GateFormula:
         )
 
 
-class _NoSelection(TopKWatch):
-    """Lets a router's forward run on to its end, which returns its logits, without the cost of a selection."""
-
-    def __init__(self) -> None:
-        super().__init__(self._skip)
-
-    def _skip(self, call: TopKCall, func: Callable, args: tuple, kwargs: dict) -> Any:
-        # what follows is thrown away, but has to run: any ids will do that are in range
-        values = call.scores.detach().narrow(call.dim, 0, call.top_k)
-        return torch.return_types.topk((values, torch.zeros(values.shape, dtype=torch.int64, device=values.device)))
-
-
 @dataclass
 class GatedRouter(Router):
     """
@@ -84,7 +85,7 @@ class GatedRouter(Router):
             Its gate.
     """
 
-    formula: GateFormula
+    formula: GateFormula = field(kw_only=True)
 
     def replay(
         self,
@@ -96,17 +97,9 @@ class GatedRouter(Router):
         compare: bool = True,
     ) -> Routed:
         """As in [`Router`], with `status_N`; the op sees by itself which rows are missing."""
-        with _NoSelection():
-            logits_NE = forward(*args, **kwargs)[0]
-        if torch.is_grad_enabled() and not logits_NE.requires_grad and self._is_trained(args):
-            # something computed the logits out of autograd's sight: the gate would learn nothing
-            return super().replay(forward, args, kwargs, replayed_NK, missing_N1, compare)
+        logits_NE = self.formula.logits(self.module, args[0])
         gate = self.formula(self.module, logits_NE, self.top_k, replayed_NK, compare)
         return Routed((logits_NE, gate.weights, gate.expert_ids), None, gate.status if compare else None)
-
-    def _is_trained(self, args: tuple) -> bool:
-        inputs = (value for value in args if torch.is_tensor(value))
-        return any(tensor.requires_grad for tensor in chain(inputs, self.module.parameters()))
 
 
 def with_gating_op(
@@ -136,11 +129,14 @@ def with_gating_op(
     logits_NE, weights_NK, own_NK = output
     if logits_NE.shape[1] != router.num_experts or weights_NK.shape != own_NK.shape:
         return None
+    in_float32 = _product(router, forward, args, logits_NE)
+    if in_float32 is None:
+        return None
     foreign_NK = (own_NK + 1) % router.num_experts
     expected = _gradients(router, forward, args, kwargs, foreign_NK)
-    candidates = _candidates(router.module, router.num_experts, weights_NK.dtype)
+    candidates = _candidates(router.module, router.num_experts, in_float32, weights_NK.dtype)
     for formula in chain([likely] if likely else [], candidates):
-        gated = GatedRouter(**vars(router), formula=replace(formula, weights_dtype=weights_NK.dtype))
+        gated = GatedRouter(**vars(router), formula=formula)
         try:
             with torch.no_grad():
                 live = formula(router.module, logits_NE, router.top_k, None)
@@ -151,10 +147,38 @@ def with_gating_op(
             continue
         if not _close(own.weights, weights_NK):
             continue
-        replayed = _gradients(gated, forward, args, kwargs, foreign_NK)
+        try:
+            replayed = _gradients(gated, forward, args, kwargs, foreign_NK)
+        except RuntimeError:  # a product out of autograd's sight has none
+            continue
         if _close(replayed[0], expected[0]) and all(map(_close_gradient, replayed[1:], expected[1:])):
             return gated
     return None
+
+
+def _product(router: Router, forward: Callable, args: tuple, logits_NE: Tensor) -> bool | None:
+    """Whether the logits are a float32 product of the input, or one in its own dtype; `None` if they are neither."""
+    module, code = router.module, getattr(getattr(forward, "__func__", None), "__code__", None)
+    weight = getattr(module, "weight", None)
+    within = [child for child in module.modules() if child is not module]
+    if code is None or "training" in code.co_names or any(_is_unknown(child) for child in within):
+        return None  # what else it does to its input, or does in training, is not known
+    if not args or not torch.is_tensor(args[0]) or not torch.is_tensor(weight) or weight.ndim != 2:
+        return None
+    for in_float32 in (False, True):
+        formula = next(_candidates(module, router.num_experts, in_float32, logits_NE.dtype))
+        try:
+            with torch.no_grad():
+                logits = formula.logits(module, args[0])
+        except RuntimeError:  # of another size, or of two dtypes
+            continue
+        if logits.dtype == logits_NE.dtype and torch.equal(logits, logits_NE):
+            return in_float32
+    return None
+
+
+def _is_unknown(child: nn.Module) -> bool:
+    return isinstance(child, nn.modules.dropout._DropoutNd) or any(True for _ in child.parameters())
 
 
 def _gradients(
@@ -188,7 +212,7 @@ def _close_gradient(one: Tensor, other: Tensor) -> bool:
     return bool(((one - other).abs() <= _TOLERANCE[torch.bfloat16] * 1e-1 * scale + 1e-12).all())
 
 
-def _candidates(module: nn.Module, num_experts: int, dtype: torch.dtype) -> Iterator[GateFormula]:
+def _candidates(module: nn.Module, num_experts: int, in_float32: bool, dtype: torch.dtype) -> Iterator[GateFormula]:
     # a bias that is still zero would go unnoticed, so buffers come first
     biases: list[str | None] = [
         name for name, buffer in module.named_buffers(recurse=False) if buffer.shape == (num_experts,)
@@ -204,4 +228,4 @@ def _candidates(module: nn.Module, num_experts: int, dtype: torch.dtype) -> Iter
     ]
     scores = (("softmax", 0.0), ("topk_softmax", 0.0), ("sigmoid", 1e-20), ("sigmoid", 1e-6), ("sqrtsoftplus", 1e-20))
     for group, bias, (score, eps), renormalize, scale in product(groups, biases, scores, (True, False), scales):
-        yield GateFormula(bias, score, renormalize, eps, scale, *group, weights_dtype=dtype)
+        yield GateFormula(in_float32, bias, score, renormalize, eps, scale, *group, weights_dtype=dtype)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .rebinding import ReboundForward
+
 _TOPK = (torch.topk, torch.Tensor.topk)
 _MASKED_FILL = (torch.masked_fill, torch.Tensor.masked_fill)
 
@@ -32,6 +34,8 @@ class TopKCall(NamedTuple):
     @classmethod
     def parse(cls, args: tuple, kwargs: dict[str, Any]) -> TopKCall:
         """Read them however they were passed."""
+        if len(args) == 2 and kwargs.keys() <= {"dim", "sorted"}:  # as most routers do
+            return cls(args[0], int(args[1]), kwargs.get("dim", -1))
         names = ("input", "k", "dim")
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         return cls(bound["input"], int(bound["k"]), int(bound.get("dim", -1)))
@@ -44,14 +48,14 @@ class TopKCall(NamedTuple):
 
 class TopKWatch(TorchFunctionMode):
     """
-    Calls `on_topk(call, func, args, kwargs)` in place of each `torch.topk` under it, and returns what that returns.
+    Calls `on_topk(call, args, kwargs)` in place of each `torch.topk` under it, and returns what that returns.
 
     Args:
         on_topk (`Callable`):
-            Receives the [`TopKCall`], the function that was called, and the arguments.
+            Receives the [`TopKCall`], and the arguments of `torch.topk`.
     """
 
-    def __init__(self, on_topk: Callable[[TopKCall, Callable, tuple, dict], Any]):
+    def __init__(self, on_topk: Callable[[TopKCall, tuple, dict], Any]):
         super().__init__()
         self.on_topk = on_topk
         self._before_mask: list[tuple[Tensor, Tensor]] = []
@@ -59,11 +63,20 @@ class TopKWatch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _TOPK:
-            return self.on_topk(TopKCall.parse(args, kwargs), func, args, kwargs)
+            return self.topk(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _MASKED_FILL:
             self._before_mask.append((result, args[0]))
         return result
+
+    def topk(self, *args, **kwargs):
+        """What a router calls in place of `torch.topk`."""
+        return self.on_topk(TopKCall.parse(args, kwargs), args, kwargs)
+
+    @property
+    def saw_masks(self) -> bool:
+        """Whether anything was masked out."""
+        return bool(self._before_mask)
 
     def unmasked(self, scores: Tensor) -> Tensor:
         """
@@ -116,6 +129,8 @@ class Router:
             Which of the top-k calls of one forward selects experts (others select groups).
         ids_output (`int`, *optional*):
             Where in its output tuple the selected ids are, unchanged.
+        rebound ([`ReboundForward`], *optional*):
+            Its forward with another top-k, where that does as much as watching it.
     """
 
     name: str
@@ -125,6 +140,7 @@ class Router:
     top_k: int
     call_index: int
     ids_output: int | None
+    rebound: ReboundForward | None = None
 
     def record(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
         """
@@ -179,9 +195,15 @@ class Router:
         """
         return self._intercept(forward, args, kwargs, _Selection(self, replayed_NK, missing_N1, compare))
 
+    def under(self, watch: TopKWatch, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the router's forward with the top-k calls of `watch`."""
+        if self.rebound is not None and self.rebound.runs(forward):
+            return self.rebound(watch.topk, self.module, args, kwargs)
+        with watch:
+            return forward(*args, **kwargs)
+
     def _intercept(self, forward: Callable, args: tuple, kwargs: dict[str, Any], selection: _Selection) -> Routed:
-        with selection:
-            output = forward(*args, **kwargs)
+        output = self.under(selection, forward, args, kwargs)
         if not selection.made:
             raise RuntimeError(
                 f"{self.name} ({type(self.module).__name__}) made {selection.calls} top-k calls in a forward, but "
@@ -210,11 +232,11 @@ class _Selection(TopKWatch):
         self.made = False
         self.live_NK: Tensor | None = None
 
-    def _select(self, call: TopKCall, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _select(self, call: TopKCall, args: tuple, kwargs: dict) -> Any:
         index, self.calls = self.calls, self.calls + 1
         router = self.router
         if index != router.call_index:
-            return func(*args, **kwargs)
+            return torch.topk(*args, **kwargs)
         if (call.columns, call.top_k) != (router.num_experts, router.top_k):
             raise RuntimeError(
                 f"{router.name} selects {call.top_k} of {call.columns} experts, but selected {router.top_k} of "
@@ -222,12 +244,12 @@ class _Selection(TopKWatch):
             )
         self.made = True
         scores = self.unmasked(call.scores)
-        selected = self._selected(func, args, kwargs, (*scores.shape[:-1], router.top_k))
+        selected = self._selected(args, kwargs, (*scores.shape[:-1], router.top_k))
         # Values are gathered in either case: a recompute replays what its forward recorded, and non-reentrant
         # checkpointing wants both to save the same tensors.
         return torch.return_types.topk((scores.gather(call.dim, selected), selected))
 
-    def _selected(self, func: Callable, args: tuple, kwargs: dict, shape: tuple[int, ...]) -> Tensor:
+    def _selected(self, args: tuple, kwargs: dict, shape: tuple[int, ...]) -> Tensor:
         replayed_NK, missing_N1 = self.replayed_NK, self.missing_N1
         if replayed_NK is not None and replayed_NK.shape[0] != (tokens := math.prod(shape[:-1])):
             raise RuntimeError(
@@ -237,7 +259,7 @@ class _Selection(TopKWatch):
         if replayed_NK is not None and missing_N1 is None and not self.compare:
             return replayed_NK.long().view(shape)
         with torch.no_grad():  # of the live selection, only the ids
-            live = func(*args, **kwargs)[1]
+            live = torch.topk(*args, **kwargs)[1]
         live_NK = live if live.ndim == 2 else live.reshape(-1, self.router.top_k)
         if self.compare:
             self.live_NK = live_NK

@@ -67,8 +67,8 @@ def probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor]
         if counts.pop():
             trace.outputs.setdefault(module, []).append(output)
 
-    def on_topk(call, func, args, kwargs):
-        result = func(*args, **kwargs)
+    def on_topk(call, args, kwargs):
+        result = torch.topk(*args, **kwargs)
         if stack and call.scores.is_floating_point():
             trace.topks.append(TopK(stack[-1], counts[-1], call.columns, call.top_k, result[1]))
             counts[-1] += 1

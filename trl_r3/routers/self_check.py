@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interception import Router
+from .interception import Router, TopKCall, TopKWatch
+from .rebinding import ReboundForward
 
 
 class UnsupportedRouterError(ValueError):
@@ -32,6 +33,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def rebound_forward(router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> ReboundForward | None:
+    """
+    The router's forward with another top-k, or `None` where a watched one sees more: scores before a mask.
+
+    Args:
+        router, forward, args, kwargs:
+            As in [`check_router`].
+    """
+    seen: list[TopKCall] = []
+
+    def on_topk(call: TopKCall, args: tuple, kwargs: dict) -> Any:
+        seen.append(call)
+        return torch.topk(*args, **kwargs)
+
+    with TopKWatch(on_topk) as watch:
+        forward(*_fresh(args), **kwargs)
+    rebound = None if watch.saw_masks else ReboundForward.of(forward)
+    if rebound is None:
+        return None
+    by_watch, seen[:] = len(seen), []
+    rebound(watch.topk, router.module, _fresh(args), kwargs)
+    return rebound if len(seen) == by_watch else None
+
+
+def _fresh(args: tuple) -> tuple:
+    # some routers work in place
+    return tuple(arg.clone() if torch.is_tensor(arg) else arg for arg in args)
+
+
 def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
     """
     Check on real inputs that replaying its own selection leaves a router's output as it is, bit for bit, and that a
@@ -48,16 +78,12 @@ def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[st
     Raises:
         [`UnsupportedRouterError`]: Naming the router and what was seen.
     """
-
-    def fresh() -> tuple:
-        return tuple(arg.clone() if torch.is_tensor(arg) else arg for arg in args)  # some routers work in place
-
-    output, own_NK = router.record(forward, fresh(), kwargs)
-    replayed, _, _ = router.replay(forward, fresh(), kwargs, own_NK)
+    output, own_NK = router.record(forward, _fresh(args), kwargs)
+    replayed, _, _ = router.replay(forward, _fresh(args), kwargs, own_NK)
     if router.ids_output is not None and not _equal_outputs(output, replayed):
         raise refusal(router, "its output changes when its own selection is replayed")
     for foreign_NK in _foreign_selections(own_NK, router.num_experts):
-        output, live_NK, _ = router.replay(forward, fresh(), kwargs, foreign_NK)
+        output, live_NK, _ = router.replay(forward, _fresh(args), kwargs, foreign_NK)
         if live_NK is None or not torch.equal(live_NK, own_NK):
             raise refusal(router, "its live selection depends on the replayed one")
         if router.ids_output is not None and not same_ids(output[router.ids_output], foreign_NK):

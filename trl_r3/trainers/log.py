@@ -42,7 +42,6 @@ class ReplayLogMixin(_Trainer):
         model: Any
         pad_to_multiple_of: Any
 
-    _use_replay: bool
     _last_compared: int | None = None  # step of the last comparison with live routing
 
     def __init__(self, *args, **kwargs):
@@ -98,7 +97,7 @@ class ReplayLogMixin(_Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`log` of TRL, with the shares that have come together."""
-        if self._use_replay and self.model.training:
+        if self._shares and self.model.training:  # the same on every process
             self._collect_shares()
         super().log(logs, start_time)
 

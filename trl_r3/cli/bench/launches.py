@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,50 +18,32 @@ from ...routers.router_replay import RouterReplay
 from .fidelity import enable_checkpointing
 from .setup import BenchSettings, Finding, large_model, random_ids, record_of
 
-_LIVE = "live"
+_TARGETS = {"intercept": 0.04, "op": 0.025}
 
 
 def launches(settings: BenchSettings) -> list[Finding]:
     """Shares of a live forward and backward, in a model of many layers that sees few tokens."""
     sizes = replace(settings, hidden_size=64, num_layers=settings.launch_layers, batch=1, length=8)
-    model = large_model(sizes).train()
-    ids = random_ids(model, sizes.batch, sizes.length)
-    ways = ["intercept", *(["op"] if "cpu" in native_kernels() else [])]
-    models = {_LIVE: model, **{way: copy.deepcopy(model) for way in ways}}
-    handles = {way: RouterReplay(models[way], way) for way in ways}
-    record = record_of(models["intercept"], handles["intercept"], ids)
-
-    def replaying(way: str) -> Callable[[], Any]:
-        return (lambda: handles[way].replay(record)) if way in handles else nullcontext
-
-    steps = {way: _step(models[way], ids, replaying(way)) for way in models}
-    step = _medians(steps, settings.launch_rounds)
-    for each in models.values():
-        enable_checkpointing(each, {"use_reentrant": False})
-    backwards = {way: _step(models[way], ids, replaying(way), True) for way in models}
-    backward = _medians(backwards, settings.launch_rounds)
-    forward = _medians(
-        {
-            _LIVE: _forward(model, ids, nullcontext),
-            "capture": _forward(models["intercept"], ids, handles["intercept"].record),
-        },
-        settings.launch_rounds,
-    )
-    live = step[_LIVE]
-    findings = [
-        Finding("launches: microseconds of a live forward and backward, a layer", live / sizes.num_layers * 1e6)
-    ]
-    for way in ways:
-        target = {"intercept": 0.04, "op": 0.025}[way]
-        findings.append(Finding(f"launches: replay by {way}, over a live step", step[way] / live - 1, target))
-        findings.append(
-            Finding(f"launches: recompute by {way}, over a live step", (backward[way] - backward[_LIVE]) / live, 0.02)
-        )
-    findings.append(
-        Finding(
-            "launches: capture, over a live forward without gradients", forward["capture"] / forward[_LIVE] - 1, 0.01
-        )
-    )
+    findings = []
+    for way in ("intercept", *(["op"] if "cpu" in native_kernels() else [])):
+        # live is the same model with its handle idle: two copies of a model differ by more than replay costs
+        model = large_model(sizes).train()
+        ids = random_ids(model, sizes.batch, sizes.length)
+        with RouterReplay(model, way) as replay:
+            record = record_of(model, replay, ids)
+            contexts: dict[str, Callable[[], Any]] = {"live": nullcontext, "replay": partial(replay.replay, record)}
+            step = _medians({k: _step(model, ids, each) for k, each in contexts.items()}, settings.launch_rounds)
+            forwards = {"live": _forward(model, ids, nullcontext), "capture": _forward(model, ids, replay.record)}
+            forward = _medians(forwards, settings.launch_rounds)
+            enable_checkpointing(model, {"use_reentrant": False})
+            back = _medians({k: _step(model, ids, each, True) for k, each in contexts.items()}, settings.launch_rounds)
+        live, target = step["live"], _TARGETS[way]
+        findings += [
+            Finding(f"launches, {way}: microseconds of a live step, a layer", live / sizes.num_layers * 1e6),
+            Finding(f"launches, {way}: replay over a live step", step["replay"] / live - 1, target),
+            Finding(f"launches, {way}: recompute over a live step", (back["replay"] - back["live"]) / live, 0.02),
+            Finding(f"launches, {way}: capture over a forward", forward["capture"] / forward["live"] - 1, 0.01),
+        ]
     return findings
 
 
