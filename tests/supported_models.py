@@ -23,9 +23,9 @@ HEAD = """\
 
 Every mixture-of-experts model type of Transformers {version} that generates text, as found by
 `python tests/supported_models.py`. A type is supported if a small random model of it passes all of
-`tests/routers/test_families.py`: its own record replayed gives the same bits, forward and gradients; a foreign record executes
-exactly its ids; `generate()` returns routes; gradients with checkpointing of both kinds equal those without. Attaching
-repeats the check of each router on the real weights. Types with images or audio were checked on text.
+`tests/routers/test_families.py`: its own record replayed gives the same bits, forward and gradients; a foreign record
+executes exactly its ids; `generate()` returns routes; gradients with checkpointing of both kinds equal those without.
+Attaching repeats the check of each router on the real weights. Types with images or audio were checked on text.
 
 Supported: {supported} of {total}.
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .engines.payloads import decode_sglang, decode_vllm_http, decode_vllm_output
     from .engines.turns import Turn, stitch
     from .gating import GatingOutput, RowStatus, masked_topk_gating
+    from .records.checks import MisalignedRecordError
     from .records.layout import RoutingLayout
     from .routers.router_replay import RouterReplay
     from .routers.self_check import UnsupportedRouterError
@@ -24,6 +25,7 @@ _ROOMS = {
     "engines.payloads": ("decode_sglang", "decode_vllm_http", "decode_vllm_output"),
     "engines.turns": ("Turn", "stitch"),
     "gating": ("GatingOutput", "RowStatus", "masked_topk_gating"),
+    "records.checks": ("MisalignedRecordError",),
     "records.layout": ("RoutingLayout",),
     "routers.router_replay": ("RouterReplay",),
     "routers.self_check": ("UnsupportedRouterError",),
@@ -36,6 +38,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "GatingOutput",
+    "MisalignedRecordError",
     "R3GMPOConfig",
     "R3GMPOTrainer",
     "R3GRPOConfig",

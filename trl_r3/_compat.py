@@ -41,6 +41,17 @@ def uses_kernels(model: Any) -> bool:
     return bool(getattr(model, "_use_kernels", False))
 
 
+def uses_prompt_learning(model: nn.Module) -> bool:
+    """
+    Whether an adapter prepends tokens of its own, which no engine returns routes for. Goes when PEFT tells more than
+    the kind of its config.
+    """
+    from peft import PeftModel
+
+    adapters = (module for module in model.modules() if isinstance(module, PeftModel))
+    return any(config.is_prompt_learning for adapter in adapters for config in adapter.peft_config.values())
+
+
 def adapters_are_off(model: nn.Module) -> bool:
     """
     Whether this forward of a PEFT model is the reference policy's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from oracles import as_sets, changed_rows, executed_ids, stacked
 
 from trl_r3 import RouterReplay, Turn, enable_routing_replay, stitch
 from trl_r3.engines.turns import RolloutRecord
-from trl_r3.records.sources import ScoredBatch
+from trl_r3.records.checks import MisalignedRecordError
+from trl_r3.records.samples import Sample, ScoredBatch
 from trl_r3.records.storage import align, pack, slice_samples, unpack
 
 VOCAB, EXPERTS, TOP_K, LAYERS = 32, 16, 3, (1, 3)
@@ -165,7 +167,7 @@ def test_shuffled_and_split_batches(rollout, training, drawn, data):
     drawn, records = [drawn[i] for i in order], [records[i] for i in order]
     prompt_width = max(len(prompt) for prompt, _ in drawn)
     ids, mask, recorded = pad(drawn, prompt_width, prompt_width + max(len(completion) for _, completion in drawn))
-    source = ScoredBatch([len(prompt) for prompt, _ in drawn], records, prompt_width, replay.layout)
+    source = ScoredBatch(samples_of(drawn, records), prompt_width, replay.layout)
     start = 0
     with torch.no_grad(), replay.replay_from(source) as stats:
         while start < len(drawn):
@@ -182,12 +184,43 @@ def test_shuffled_and_split_batches(rollout, training, drawn, data):
 
 def test_scored_batch_refuses_too_many_and_too_few(rollout, training):
     records = [engine(rollout, [1, 2, 3]) for _ in range(3)]
-    source = ScoredBatch([2, 2, 2], records, 2, training[0].layout)
+    source = ScoredBatch(samples_of([([1, 2], [3])] * 3, records), 2, training[0].layout)
     source.take(2, 3)
     with pytest.raises(RuntimeError, match="2 of 3 samples"):
         source.check_done()
     with pytest.raises(RuntimeError, match="scores samples 2 to 3, but the batch has 3"):
         source.take(2, 3)
+
+
+def samples_of(drawn, records):
+    return [
+        Sample(i, torch.tensor([*prompt, *completion]), len(prompt), record)
+        for i, ((prompt, completion), record) in enumerate(zip(drawn, records, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("mistake", ["swapped", "shifted", "edited", None])
+def test_tokens_are_held_against_the_record(rollout, training, mistake):
+    """Whatever reorders a batch and leaves its records where they were."""
+    replay, model = training
+    drawn = [([1, 2, 3], [4, 5]), ([6, 7], [8, 9, 10]), ([11], [12])]
+    source = ScoredBatch(samples_of(drawn, [engine(rollout, p + c) for p, c in drawn]), 3, replay.layout)
+    ids, mask, _ = pad(drawn, 3, 6)
+    if mistake == "swapped":
+        ids, mask = ids[[0, 2, 1]], mask[[0, 2, 1]]
+    elif mistake == "shifted":
+        ids = ids.roll(1, 1)
+    elif mistake == "edited":
+        ids[2, 3] = 13
+    forward = partial(model, ids, attention_mask=mask)
+    with torch.no_grad(), replay.replay_from(source):
+        if mistake is None:
+            forward()
+            return
+        with pytest.raises(MisalignedRecordError, match=r"sample \d: \d+ tokens of the batch differ .* position \d"):
+            forward()
+        source.scored = 0
+        model(pad(drawn, 3, 6)[0], attention_mask=pad(drawn, 3, 6)[1])
 
 
 @with_models

@@ -1,6 +1,7 @@
 """Which pass goes through which experts, and that nothing of it stays behind (properties 5 and 7 to 11)."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,11 +123,8 @@ def test_ratio_is_not_one_when_only_one_pass_replays(qwen3, train, gap, live):
     class OnePassOnly(R3GRPOTrainer):
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
             if self._inside == {"old policy": "scoring", "update": "update"}[live]:
-                own, self._scoring = self._scoring, None
-                try:
+                with self.live_routing():
                     return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-                finally:
-                    self._scoring = own
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     run = {"num_iterations": 2, "max_steps": 1, "while_generating": gap["rounded"]}
@@ -338,11 +336,20 @@ class Misaligned(R3GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        self.generated, self.served = list(batch["routed_experts"]), 0
+        self.generated, self.served = [sample.record for sample in self._rollout.samples], 0
         return batch
 
     def _compute_loss(self, model, inputs):
-        return super()._compute_loss(model, {**inputs, "routed_experts": self.instead(inputs["routed_experts"])})
+        own = self._rollout
+        chosen = own.of_identities(inputs["routed_samples"].tolist())
+        others = self.instead([sample.record for sample in chosen])
+        by_identity = {sample.identity: other for sample, other in zip(chosen, others, strict=True)}
+        samples = [replace(each, record=by_identity.get(each.identity, each.record)) for each in own.samples]
+        self._rollout = replace(own, samples=samples)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._rollout = own
 
 
 class OneLate(Misaligned):

@@ -219,7 +219,7 @@ def test_two_processes_log_and_learn_as_one(two_processes):
     first, second = ([entry for entry in rank["log"] if "loss" in entry] for rank in ranks)
     assert len(first) == len(second) == 2
     names = [name for name in first[0] if name.startswith(("routing_replay/", "sampling/"))]
-    assert len(names) == 8
+    assert len(names) == 10
     for one, other in zip(first, second, strict=True):
         assert one["routing_replay/replayed_frac"] == 1.0
         for name in names:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trl_r3 import RoutingLayout, Turn, stitch
 from trl_r3.engines.turns import RolloutRecord
-from trl_r3.records.sources import ScoredBatch
+from trl_r3.records.samples import Sample, ScoredBatch
 from trl_r3.records.storage import slice_samples
 
 SHAPE = RoutingLayout(moe_layers=(0, 2, 3), num_decoder_layers=4, num_experts=100, top_k=2)
@@ -248,6 +248,13 @@ def padded_batches(draw):
     return batch, width, prompts, completions
 
 
+def samples_of(prompts, records):
+    return [
+        Sample(i, torch.zeros(len(record) + 1), prompt, record)
+        for i, (prompt, record) in enumerate(zip(prompts, records, strict=True))
+    ]
+
+
 @few
 @given(padded_batches(), st.integers(1, 6), st.integers(0, 4))
 def test_records_come_back_to_their_positions(padded, chunk, wider):
@@ -256,7 +263,7 @@ def test_records_come_back_to_their_positions(padded, chunk, wider):
     records = slice_samples(batch, width, prompts, completions)
     new_width = width + wider
     total = new_width + max(completions)
-    scored = ScoredBatch(prompts, records, new_width, SHAPE)
+    scored = ScoredBatch(samples_of(prompts, records), new_width, SHAPE)
     taken = []
     for start in range(0, len(records), chunk):
         assert scored.scored == start
@@ -285,7 +292,7 @@ def test_slices_own_their_memory(padded):
 
 def test_too_many_or_too_few_samples_are_refused():
     generator = torch.Generator().manual_seed(0)
-    scored = ScoredBatch([2, 2, 2], [some_rows(4, generator) for _ in range(3)], 2, SHAPE)
+    scored = ScoredBatch(samples_of([2, 2, 2], [some_rows(4, generator) for _ in range(3)]), 2, SHAPE)
     scored.take(2, 5)
     with pytest.raises(RuntimeError, match="2 of 3 samples"):
         scored.check_done()
@@ -294,6 +301,6 @@ def test_too_many_or_too_few_samples_are_refused():
 
 
 def test_record_that_does_not_fit_is_refused():
-    scored = ScoredBatch([2], [some_rows(9, torch.Generator().manual_seed(0))], 2, SHAPE)
+    scored = ScoredBatch(samples_of([2], [some_rows(9, torch.Generator().manual_seed(0))]), 2, SHAPE)
     with pytest.raises(ValueError, match="9 rows"):
         scored.take(1, 5)

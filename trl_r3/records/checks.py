@@ -12,6 +12,10 @@ from torch import Tensor
 from .layout import RoutingLayout, place
 
 
+class MisalignedRecordError(RuntimeError):
+    """A record that belongs to other tokens, layers or samples than those it would be replayed on."""
+
+
 def sound_rows(ids: Tensor, num_experts: int) -> Tensor:
     """
     Which rows hold K distinct experts of the model.

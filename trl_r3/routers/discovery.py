@@ -125,6 +125,20 @@ def _is_experts(name: str) -> bool:
     return name.rpartition(".")[2] == "experts"
 
 
+def refuse_dense(model: nn.Module) -> None:
+    """
+    Refuse a model without experts, whose weights may not be there yet.
+
+    Raises:
+        [`UnsupportedRouterError`]: Naming the model.
+    """
+    if not any(_is_experts(name) for name, _ in model.named_modules()):
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} is a dense model: no module in it is named `experts`. There is no routing to "
+            "replay; set `use_routing_replay=False`."
+        )
+
+
 def _refuse_without_events(model: nn.Module, names: dict, experts: dict, trace: Trace) -> None:
     if experts:
         raise UnsupportedRouterError(

@@ -114,10 +114,21 @@ class ReplayingPass(RecordingPass):
             Packed ids, on the device of the forward.
         has_missing (`bool`):
             Whether a row may be missing.
+        observed_M (`torch.Tensor` of shape `(M,)`, *optional*):
+            Rows whose live selection is asked for.
     """
 
-    def __init__(self, routers: Sequence[Router], layout: RoutingLayout, replayed_NLK: Tensor, has_missing: bool):
+    def __init__(
+        self,
+        routers: Sequence[Router],
+        layout: RoutingLayout,
+        replayed_NLK: Tensor,
+        has_missing: bool,
+        observed_M: Tensor | None = None,
+    ):
         super().__init__(routers, layout)
+        self.observed_M = observed_M
+        self.observed: dict[int, Tensor] = {}  # by MoE layer: (M, K)
         self.replayed_LNK = replayed_NLK.transpose(0, 1).contiguous()
         self.replayed = self.replayed_LNK.unbind(0)
         self.missing_N1 = missing_rows(replayed_NLK, layout)[:, None] if has_missing else None
@@ -128,11 +139,18 @@ class ReplayingPass(RecordingPass):
         if missing_N1 is not None:
             missing_N1 = self._on(missing_N1, args, kwargs)
         routed = router.replay(forward, args, kwargs, replayed_NK, missing_N1)
+        if self.observed_M is not None:
+            observed_M = self._on(self.observed_M, args, kwargs)
+            self.observed[index] = router.live_ids(routed, observed_M)
         if routed.live_NK is not None:
             self.live[index] = routed.live_NK
         if routed.status_N is not None:
             self.status[index] = routed.status_N
         return routed.output
+
+    def observed_live(self) -> Tensor | None:
+        """(M, L, K) ids of the live selection in the observed rows, if any are."""
+        return self._stacked(self.observed) if self.observed else None
 
     def close(self) -> Tensor:
         """
@@ -225,6 +243,34 @@ def bound_checkpoints(modules: Sequence[nn.Module], active: ActivePass, pass_: P
 
 def _binding(checkpoint: Callable, active: ActivePass, pass_: Pass) -> Callable:
     return lambda function, *args, **kwargs: checkpoint(active.bind(function, pass_), *args, **kwargs)
+
+
+@dataclass
+class TrainingGuard:
+    """
+    Watches the forwards of a training step that build a graph: each replays, or is let go live on purpose.
+
+    Args:
+        allows_live (`bool`, *optional*, defaults to `False`):
+            Whether a live forward is on purpose now.
+    """
+
+    allows_live: bool = False
+    replayed: int = 0  # forwards
+    live: int = 0  # forwards
+    live_rows: int = 0
+
+    def meet_live(self, batch_size: int, num_tokens: int) -> None:
+        """Count a live forward, or refuse it."""
+        if not self.allows_live:
+            raise RuntimeError(
+                f"a forward of the policy over {batch_size} x {num_tokens} tokens builds a graph in a training step, "
+                "but replays nothing: its update would come from other experts than the rollout. Score through the "
+                "trainer's own `_get_per_token_logps_and_entropies` with the whole batch, or let it go live on "
+                "purpose inside `with trainer.live_routing():`."
+            )
+        self.live += 1
+        self.live_rows += batch_size * max(num_tokens - 1, 0)
 
 
 @dataclass

@@ -101,6 +101,11 @@ class GatedRouter(Router):
         gate = self.formula(self.module, logits_NE, self.top_k, replayed_NK, compare)
         return Routed((logits_NE, gate.weights, gate.expert_ids), None, gate.status if compare else None)
 
+    def live_ids(self, routed: Routed, rows_M: Tensor) -> Tensor:
+        """As in [`Router`]; the op has only told whether they differ."""
+        logits_NE = routed.output[0]
+        return self.formula(self.module, logits_NE.detach()[rows_M], self.top_k, None).expert_ids
+
 
 def with_gating_op(
     router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any], likely: GateFormula | None = None

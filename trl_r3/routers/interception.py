@@ -195,6 +195,11 @@ class Router:
         """
         return self._intercept(forward, args, kwargs, _Selection(self, replayed_NK, missing_N1, compare))
 
+    def live_ids(self, routed: Routed, rows_M: Tensor) -> Tensor:
+        """(M, K) ids that a replaying forward would have selected live in some of its rows."""
+        assert routed.live_NK is not None  # it compared
+        return routed.live_NK[rows_M]
+
     def under(self, watch: TopKWatch, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the router's forward with the top-k calls of `watch`."""
         if self.rebound is not None and self.rebound.runs(forward):

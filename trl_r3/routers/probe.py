@@ -88,14 +88,14 @@ def probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor]
 def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None) -> None:
     """Score a few tokens."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    weight = embedding.weight
+    weight = next(embedding.parameters())  # an adapter's wrapper has no `weight`
     if weight.is_meta or weight.numel() == 0:
         raise UnsupportedRouterError(
             f"the weights of {type(model).__name__} are not on this process (device {weight.device}, "
             f"{weight.numel()} elements of the embedding), so its routers cannot be checked. Attach after they are "
             "loaded."
         )
-    vocab = embedding.num_embeddings
+    vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     ids = (torch.arange(_PROBE_BATCH * _PROBE_TOKENS, device=weight.device) * 7 + 3) % vocab
     ids = ids.reshape(_PROBE_BATCH, _PROBE_TOKENS)
     handle = None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import in_backward, is_compiled
+from .._compat import in_backward, is_compiled, uses_prompt_learning
 from ..records.checks import check_rows
 from ..records.layout import RoutingLayout, select_moe_layers
 from ..records.sources import RecordedRoutes, RecordSource, WholeBatch
@@ -27,12 +27,14 @@ from .forward_pass import (
     RecordingPass,
     ReplayingPass,
     ReplayStats,
+    TrainingGuard,
     attended_tokens,
     batch_of,
     bound_checkpoints,
 )
 from .gated import GatedRouter
 from .patches import Patch
+from .self_check import UnsupportedRouterError
 
 GATINGS = ("auto", "intercept", "op")
 
@@ -92,6 +94,12 @@ class RouterReplay:
                     f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to "
                     "the model before compiling, and do not compile it."
                 )
+        if uses_prompt_learning(model):
+            raise UnsupportedRouterError(
+                f"{type(model).__name__} learns a prompt: its adapter prepends tokens that are in no record. Use "
+                "another kind of adapter (LoRA), or set `use_routing_replay=False`."
+            )
+        self._compilable = (model, unwrapped)
         found = find_routers(unwrapped, gating)
         self._routers, self.stack = found.routers, found.stack
         self._modules = list(self.stack.modules())  # walking through them would take longer than replay
@@ -100,11 +108,12 @@ class RouterReplay:
         self.layout = RoutingLayout(layers, found.num_decoder_layers, first.num_experts, first.top_k)
         self._active = ActivePass(threading.Event())
         self._has_replayed = False
+        self.guard: TrainingGuard | None = None  # what watches the loss phase of a training step
         self._source: RecordSource | None = None
         self._stats: ReplayStats | None = None
         self._recorded: RecordedRoutes | None = None
         self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self._routers)] + [
-            Patch(self.stack, self._forward_stack)
+            Patch(self.stack, torch.compiler.disable(self._forward_stack))
         ]
 
     def __enter__(self) -> RouterReplay:
@@ -253,11 +262,20 @@ class RouterReplay:
                 "`routed_experts` was passed to a model that does not take it, so nothing of it would be replayed. "
                 "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
             )
+        if self._source is not None or self._recorded is not None:
+            compiled = next((type(module).__name__ for module in self._compilable if is_compiled(module)), None)
+            if compiled is not None:
+                raise RuntimeError(
+                    f"{compiled} was compiled after routing replay was attached, which would run past it. Do not call "
+                    "`compile()` on the model, or remove the handle first."
+                )
         if self._source is not None:
             return self._replay_stack(self._source, forward, args, kwargs)
         if self._recorded is not None:
             return self._record_stack(self._recorded, forward, args, kwargs)
         if torch.is_grad_enabled():
+            if self.guard is not None:
+                self.guard.meet_live(*batch_of(args, kwargs)[1].shape[:2])
             return self._run(LivePass(), forward, args, kwargs)
         return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
 
@@ -274,16 +292,22 @@ class RouterReplay:
         return output
 
     def _replay_stack(self, source: RecordSource, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        _, main = batch_of(args, kwargs)
+        tokens, main = batch_of(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
-        record_NLK = source.take(batch_size, num_tokens).flatten(0, 1)
+        record_NLK = source.take(batch_size, num_tokens, tokens).flatten(0, 1)
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
         self._has_replayed = self._has_replayed or torch.is_grad_enabled()
-        pass_ = ReplayingPass(self._routers, self.layout, replayed_NLK, has_missing)
+        observed_M = None if source.observed is None else source.observed.to(main.device)
+        pass_ = ReplayingPass(self._routers, self.layout, replayed_NLK, has_missing, observed_M)
         output = self._run(pass_, forward, args, kwargs)
+        live_MLK = pass_.observed_live()
         changed_NL = pass_.close()
+        if live_MLK is not None:
+            source.observe(live_MLK.cpu())
+        if self.guard is not None and torch.is_grad_enabled():
+            self.guard.replayed += 1
         assert self._stats is not None  # replay_from() is around us
         attended_N = attended_tokens(kwargs.get("attention_mask"), batch_size, num_tokens)
         self._stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)

@@ -8,6 +8,7 @@ from typing import Any
 from ..routers.router_replay import GATINGS
 
 MODES = ("R3", "R2")
+ALARMS = ("error", "warn", "off")
 
 
 @dataclass
@@ -33,6 +34,10 @@ class RoutingReplayConfigMixin:
             How a recorded selection takes effect: `"intercept"` leaves everything but the selection to the model's own
             code, bit for bit; `"op"` computes the gate with [`masked_topk_gating`], equal up to rounding; `"auto"`
             takes the op where its compiled kernels are installed and cover the gate.
+        routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
+            What a record that does not fit its tokens gets, before the optimizer moves: `"error"`, `"warn"` or
+            `"off"`. Records of vLLM and of a `rollout_func` are judged; those that this package makes itself are only
+            logged.
     """
 
     use_routing_replay: bool = field(
@@ -74,6 +79,15 @@ class RoutingReplayConfigMixin:
             "choices": list(GATINGS),
         },
     )
+    routing_replay_alarm: str = field(
+        default="error",
+        metadata={
+            "help": "What a record that does not fit its tokens gets, before the optimizer moves: 'error', 'warn' or "
+            "'off'. Records of vLLM and of a rollout_func are judged; those that this package makes itself are only "
+            "logged.",
+            "choices": list(ALARMS),
+        },
+    )
 
 
 def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
@@ -98,6 +112,11 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
         raise ValueError(
             f"`routing_replay_gating` is {args.routing_replay_gating!r}, expected one of {GATINGS}. Set "
             f"`routing_replay_gating='auto'`."
+        )
+    if args.routing_replay_alarm not in ALARMS:
+        raise ValueError(
+            f"`routing_replay_alarm` is {args.routing_replay_alarm!r}, expected one of {ALARMS}. Set "
+            f"`routing_replay_alarm='error'`."
         )
     if not 0.0 <= args.routing_replay_max_missing <= 1.0:
         raise ValueError(

@@ -5,6 +5,7 @@ Legend: B batch, C completion tokens.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +14,19 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from ..records.sources import ScoredBatch
-from ..routers.forward_pass import ReplayStats
-from .metrics import mismatch_sums
+from ..records.samples import ScoredBatch
+from ..routers.forward_pass import ReplayStats, TrainingGuard
+from .metrics import k3_kl, mismatch_sums
+
+_ROUNDING_K3 = 1e-8  # what float32 alone makes of equal routing
 
 SHARES = (
     "routing_replay/replayed_frac",
     "routing_replay/missing_frac",
     "routing_replay/changed_router_frac",
     "routing_replay/changed_token_frac",
+    "routing_replay/agreement",
+    "routing_replay/contrast",
     "sampling/k3_kl",
     "sampling/extreme_token_frac",
     "sampling/live/k3_kl",
@@ -81,6 +86,28 @@ class ReplayLogMixin(_Trainer):
         self._add_share(f"{prefix}/k3_kl", k3, count)
         self._add_share(f"{prefix}/extreme_token_frac", extreme, count)
 
+    def _warn_if_worse(self, batch: dict[str, Any], replayed: Tensor | None, live: Tensor) -> None:
+        """At the weights of the rollout, replay brings training closer to it, or something is wrong."""
+        rollout_logprobs = batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
+        if replayed is None or rollout_logprobs is None:
+            return
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        k3_replayed, k3_live = (float(k3_kl(each, rollout_logprobs, mask)) for each in (replayed, live))
+        if k3_replayed > k3_live > _ROUNDING_K3:
+            warnings.warn(
+                f"at the weights of the rollout k3 is {k3_replayed:.3g} with its experts and {k3_live:.3g} with live "
+                "routing: replay makes the mismatch worse. Look at `routing_replay/agreement` and `/contrast`, and "
+                "whether the engine computes with the trained weights.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _log_live(self, guard: TrainingGuard) -> None:
+        """Log the rows that went live on purpose."""
+        if guard.live:
+            self._add_share("routing_replay/replayed_frac", 0, guard.live_rows)
+            self._add_share("routing_replay/missing_frac", guard.live_rows, guard.live_rows)
+
     def _log_replay(self, stats: ReplayStats, batch: ScoredBatch) -> None:
         """Log how much was replayed, and how far live routing has moved from the record."""
         routers = stats.compared_tokens * len(batch.layout.moe_layers)
@@ -89,7 +116,7 @@ class ReplayLogMixin(_Trainer):
         self._add_share("routing_replay/changed_router_frac", stats.changed_routers, routers)
         self._add_share("routing_replay/changed_token_frac", stats.changed_tokens, stats.compared_tokens)
 
-    def _add_share(self, name: str, part: Tensor | int, whole: Tensor | int) -> None:
+    def _add_share(self, name: str, part: Tensor | float, whole: Tensor | float) -> None:
         """Add to part / whole of a metric, which is logged over all processes and steps since the last log."""
         # stays on the device: a number that is read makes the host wait for it
         sums = torch.stack([torch.as_tensor(value, device=self.accelerator.device).float() for value in (part, whole)])
@@ -97,15 +124,17 @@ class ReplayLogMixin(_Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`log` of TRL, with the shares that have come together."""
-        if self._shares and self.model.training:  # the same on every process
-            self._collect_shares()
+        if self._shares and not any(name.startswith("eval_") for name in logs):  # the same on every process
+            logs.update(self._collect_shares())  # type: ignore[arg-type]
         super().log(logs, start_time)
 
-    def _collect_shares(self) -> None:
+    def _collect_shares(self) -> dict[str, float | None]:
+        collected: dict[str, float | None] = {}
         nothing = torch.zeros(2, device=self.accelerator.device)
         local = torch.stack([self._shares.get(name, nothing) for name in SHARES])
         # one collective and one wait, of the same size on every process
         for name, (part, whole) in zip(SHARES, self.accelerator.reduce(local, reduction="sum").tolist(), strict=True):
             if name in self._shares:
-                self._metrics["train"][name].append(part / whole if whole else float("nan"))
+                collected[name] = part / whole if whole else None
         self._shares = {}
+        return collected

@@ -1,4 +1,4 @@
-"""TRL's trainers, replaying the routes of their rollouts. What is not overridden here is left to TRL.
+"""What routing replay adds to TRL's trainers. What is not overridden here is left to TRL.
 
 Legend: B batch, C completion tokens.
 """
@@ -6,49 +6,36 @@ Legend: B batch, C completion tokens.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .._compat import adapters_are_off, extra_fields
+from .._compat import adapters_are_off, extra_fields, swapped
 from ..engines.capture import capture, rollout_of_func
 from ..engines.continuous_batching import recordable_config
 from ..engines.generate_settings import check_decoding
 from ..engines.turns import RolloutRecord, Turn, stitch
 from ..engines.vllm_engine import capturing_vllm
-from ..records.checks import rows_that_matter
-from ..records.sources import ScoredBatch
+from ..records.samples import ScoredBatch
 from ..records.storage import slice_samples
+from ..routers.forward_pass import TrainingGuard
 from ..routers.router_replay import RouterReplay
-from .config import RoutingReplayConfigMixin
+from .alarm import Alarm
+from .construction import check_parent, check_setup
 from .log import ReplayLogMixin
-
-
-@dataclass
-class _Scoring:
-    """What the passes inside one call of TRL score."""
-
-    known: RolloutRecord | None = None  # once there are completions
-    inputs: dict[str, Any] | None = None  # of an update; without them: the passes over a fresh rollout
-    old_logprobs: Tensor | None = None  # (B, C), if there is an old-policy pass
-
-    @property
-    def rollout(self) -> RolloutRecord:
-        """The records."""
-        assert self.known is not None, "TRL scores before it has generated"
-        return self.known
+from .rollout import Rollout, Scoring
+from .together import raise_together
 
 
 class RoutingReplayMixin(ReplayLogMixin):
     """
     Routing replay for a trainer of the GRPO family: a delta of the passes that generate and score.
 
-    Rollouts are recorded, one array a sample, and travel with TRL's own batch dict. Each pass of the policy over them
-    replays; the reference policy, reward models and evaluation route live.
+    Rollouts are recorded and kept, one record a sample; a tensor of identities travels with TRL's own batch and says
+    which sample is where. Each pass of the policy over them replays; the reference policy, reward models and
+    evaluation route live.
     """
 
     _paper = {
@@ -65,24 +52,21 @@ class RoutingReplayMixin(ReplayLogMixin):
     }
 
     def __init__(self, *args, **kwargs):
+        check_parent(type(self), RoutingReplayMixin)
         self._attached_replay: RouterReplay | None = None
+        self._alarm: Alarm | None = None
+        self._evaluates = False
         self._turns: list[Turn] = []
-        self._scoring: _Scoring | None = None
+        self._rollout_error: Exception | None = None
+        self._rollout: Rollout | None = None
+        self._scoring: Scoring | None = None
         config: Any = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
         self._use_replay = bool(getattr(config, "use_routing_replay", False))
-        if self._use_replay and not isinstance(config, RoutingReplayConfigMixin):
-            raise ValueError(
-                f"`use_routing_replay` is set on a {type(config).__name__}, which does not check it. Use "
-                "`R3GRPOConfig`."
-            )
+        if self._use_replay:
+            check_setup(config, kwargs.get("model", args[0] if args else None))
         with capturing_vllm(config) if self._use_replay and _captures_vllm(config) else nullcontext():
             super().__init__(*args, **kwargs)
         if self._use_replay:
-            if config.torch_compile:
-                raise ValueError(
-                    "`torch_compile=True` runs past routing replay. Set `torch_compile=False`, or "
-                    "`use_routing_replay=False`."
-                )
             if self.continuous_batching_config is not None:
                 recordable_config(self.continuous_batching_config)
             elif not self.use_vllm:
@@ -97,14 +81,21 @@ class RoutingReplayMixin(ReplayLogMixin):
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        replay = self._attached_replay = RouterReplay(
-            self.accelerator.unwrap_model(self.model), self.args.routing_replay_gating
-        )
+        error = None
+        try:
+            model = self.accelerator.unwrap_model(self.model)
+            self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
+        except (RuntimeError, ValueError) as refusal:
+            error = refusal
+        raise_together(self.accelerator, error)
+        assert self._attached_replay is not None  # or its error was raised
+        layout, action = self._attached_replay.layout, self.args.routing_replay_alarm
+        self._alarm = Alarm(layout, action, judges=self._has_foreign_records)
         try:
             yield
         finally:
-            replay.remove()
-            self._attached_replay = None
+            self._attached_replay.remove()
+            self._attached_replay = self._alarm = None
 
     @property
     def routing_replay(self) -> RouterReplay:
@@ -113,17 +104,60 @@ class RoutingReplayMixin(ReplayLogMixin):
             raise RuntimeError("routing replay is attached to the policy only while `train()` runs. Call it inside.")
         return self._attached_replay
 
+    @property
+    def _has_foreign_records(self) -> bool:
+        foreign = self.use_vllm or getattr(self, "rollout_func", None) is not None
+        return foreign and self.args.routing_replay_mode == "R3"
+
     def train(self, *args, **kwargs):
         """`train` of TRL. The model is attached while it runs, and given back as it was."""
         if not self._use_replay:
             return super().train(*args, **kwargs)
-        self._last_compared = None
+        self._last_compared, self._rollout = None, None
         with self._attached():
             return super().train(*args, **kwargs)
 
+    def prediction_step(self, *args, **kwargs):
+        """`prediction_step` of TRL: evaluation routes live."""
+        with swapped(self, "_evaluates", True):
+            return super().prediction_step(*args, **kwargs)
+
     @property
     def _replays_now(self) -> bool:
-        return self._use_replay and self.model.training
+        # what a step does must not hang on the mode that somebody left the model in
+        return self._use_replay and not self._evaluates
+
+    def training_step(self, *args, **kwargs):
+        """`training_step` of TRL: each of its forwards that builds a graph replays, and one of them at least."""
+        if not self._use_replay:
+            return super().training_step(*args, **kwargs)
+        guard = TrainingGuard()
+        with swapped(self.routing_replay, "guard", guard):
+            loss = super().training_step(*args, **kwargs)
+        if guard.replayed + guard.live == 0:
+            raise RuntimeError(
+                "a training step ended in which no forward of the policy replayed its record. Compute the loss with "
+                "the model that the trainer holds, or set `use_routing_replay=False`."
+            )
+        self._log_live(guard)
+        return loss
+
+    @contextmanager
+    def live_routing(self) -> Iterator[None]:
+        """
+        Let forwards of a training step go live on purpose, which is an error elsewhere. Their rows are logged as not
+        replayed.
+
+        Example:
+
+        ```python
+        >>> with trainer.live_routing():
+        ...     auxiliary = model(input_ids=other_ids).logits
+        ```
+        """
+        guard = self.routing_replay.guard or TrainingGuard()
+        with swapped(self, "_scoring", None), swapped(guard, "allows_live", True):
+            yield
 
     @property
     def _captures(self) -> bool:
@@ -138,7 +172,12 @@ class RoutingReplayMixin(ReplayLogMixin):
             generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
         # the tool loop goes on to edit these lists
-        self._turns.append(make_turn([list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]))
+        prompts, completions = [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]
+        try:
+            self._turns.append(make_turn(prompts, completions))
+        except (RuntimeError, ValueError) as error:
+            # other processes go on to meet this one where TRL gathers lengths: raised when that is over
+            self._rollout_error = self._rollout_error or error
         return generated
 
     def rollout_turn(self, prompt_ids: list[list[int]]) -> tuple[Turn, list | None]:
@@ -160,76 +199,82 @@ class RoutingReplayMixin(ReplayLogMixin):
         return turn, logprobs
 
     def _generate(self, prompts):
-        self._turns = []
+        self._turns, self._rollout_error = [], None
         try:
             output = super()._generate(prompts)
             fields = extra_fields(output) if getattr(self, "rollout_func", None) is not None else None
             routes = None if fields is None else fields.pop("routed_experts", None)  # no business of reward functions
             if not self._replays_now:
                 return output
-            layout = self.routing_replay.layout
-            if fields is None or not self._captures:
-                rollout = stitch(self._turns, output[0], output[1], layout)
-            else:
-                rollout = rollout_of_func(routes, output[0], output[1], layout)
+            record, error = None, self._rollout_error
+            if error is None:
+                try:
+                    record = self._join(fields, routes, output[0], output[1])
+                except (RuntimeError, ValueError) as refusal:
+                    error = refusal
+            raise_together(self.accelerator, error)
         finally:
-            self._turns = []
-        assert self._scoring is not None
-        self._scoring.known = rollout
+            self._turns, self._rollout_error = [], None
+        assert self._scoring is not None and record is not None
+        after = 0 if self._rollout is None else self._rollout.first + len(self._rollout.samples)
+        self._rollout = Rollout.of(record, output[0], output[1], first=after, step=self.state.global_step)
+        self._scoring.samples = self._rollout.samples
         return output
 
-    def _rows_that_matter(self, rollout: RolloutRecord, output: dict[str, Any]) -> list[int]:
-        """How many rows of each sample, from its first on, the loss depends on."""
-        mask_BC = (output["completion_mask"] * output.get("tool_mask", 1)).bool().cpu()
-        # the row before a token predicts it
-        predicts_BC = rows_that_matter(mask_BC)
-        return [
-            length - 1 + int(count) if count else 0
-            for length, count in zip(rollout.prompt_lengths, predicts_BC.sum(1), strict=True)
-        ]
-
-    def _check_missing(self, rollout: RolloutRecord, rows: list[int]) -> None:
-        share, sample = rollout.missing_share(self.routing_replay.layout, rows)
-        if share > self.args.routing_replay_max_missing:
-            raise RuntimeError(
-                f"{share:.2%} of the rollout's rows have no record, the first in sample {sample}, counting those that "
-                f"the loss depends on, but `routing_replay_max_missing` allows "
-                f"{self.args.routing_replay_max_missing:.2%}. Fix the rollout, or set `routing_replay_max_missing` to "
-                "let these rows route live."
-            )
+    def _join(self, fields: dict | None, routes: Any, prompt_ids: list, completion_ids: list) -> RolloutRecord:
+        layout = self.routing_replay.layout
+        if fields is None or not self._captures:
+            return stitch(self._turns, prompt_ids, completion_ids, layout)
+        return rollout_of_func(routes, prompt_ids, completion_ids, layout)
 
     def _generate_and_score_completions(self, inputs):
         if not self._replays_now:
             return super()._generate_and_score_completions(inputs)
-        with self._scores(_Scoring()) as scoring:
+        # reward functions may do what they like with the policy: this is no update
+        with self._scores(Scoring()) as scoring, swapped(self.routing_replay, "guard", None):
             output = super()._generate_and_score_completions(inputs)
-            rollout = scoring.rollout
-            output["routed_experts"] = rollout.records
-            output["routed_prompt_lengths"] = rollout.prompt_lengths
-            output["routed_rows_that_matter"] = rows = self._rows_that_matter(rollout, output)
-            if self._captures:
-                self._check_missing(rollout, rows)
+            rollout = self._rollout
+            assert rollout is not None  # `_generate` has run
+            output["routed_samples"] = rollout.identities(output["completion_ids"].device)
+            rollout.count_rows_that_matter(output)
             if rollout.logprobs is not None:
                 output["rollout_logprobs"] = self._padded_like(rollout.logprobs, output["completion_ids"])
+            self._check_rollout(rollout, scoring)
             self._log_mismatch(output, scoring.old_logprobs)
         if self._compare_is_due():
-            self._log_mismatch(output, self._score_live(output), prefix="sampling/live")
+            live_logprobs = self._score_live(output)
+            self._log_mismatch(output, live_logprobs, prefix="sampling/live")
+            self._warn_if_worse(output, scoring.old_logprobs, live_logprobs)
         return output
+
+    def _check_rollout(self, rollout: Rollout, scoring: Scoring) -> None:
+        """Refuse a rollout that lacks records, or whose records belong elsewhere, on all processes at once."""
+        assert self._alarm is not None  # attached
+        error: Exception | None = None
+        if self._captures:
+            error = rollout.refuse_missing(self.routing_replay.layout, self.args.routing_replay_max_missing)
+        if error is None and scoring.batch is not None:
+            error = self._alarm.check(scoring.batch.observations, self._add_share)
+        raise_together(self.accelerator, error)
 
     def _compute_loss(self, model, inputs):
         if not self._replays_now:
             return super()._compute_loss(model, inputs)
-        rollout = RolloutRecord(inputs["routed_prompt_lengths"], inputs["routed_experts"], None)
-        with self._scores(_Scoring(rollout, inputs)):
+        if "routed_samples" not in inputs:
+            raise RuntimeError(
+                f"the batch of an update has no `routed_samples` among {sorted(inputs)}, so its records are unknown. "
+                "Keep this tensor with the others, and index it as they are indexed."
+            )
+        if self._rollout is None:
+            raise RuntimeError("an update came before any rollout, so there is no record to replay.")
+        samples = self._rollout.of_identities(inputs["routed_samples"].tolist())
+        with self._scores(Scoring(samples, inputs)):
             return super()._compute_loss(model, inputs)
 
     @contextmanager
-    def _scores(self, scoring: _Scoring) -> Iterator[_Scoring]:
-        self._scoring = scoring
-        try:
+    def _scores(self, scoring: Scoring) -> Iterator[Scoring]:
+        with swapped(self, "_scoring", scoring):
             yield scoring
-        finally:
-            self._scoring = None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         def score():
@@ -242,16 +287,12 @@ class RoutingReplayMixin(ReplayLogMixin):
             return score()
         prompt_width = input_ids.size(1) - logits_to_keep
         if self.args.routing_replay_mode == "R2" and scoring.inputs is None:
-            result = self._record_old_policy(score, scoring.rollout, prompt_width)
+            result = self._record_old_policy(score, scoring, prompt_width)
             scoring.old_logprobs = result[0]
             return result
-        batch = ScoredBatch(
-            scoring.rollout.prompt_lengths,
-            scoring.rollout.records,
-            prompt_width,
-            self.routing_replay.layout,
-            None if scoring.inputs is None else scoring.inputs["routed_rows_that_matter"],
-        )
+        observes = scoring.inputs is None or self._updates_first(scoring)
+        scoring.batch = batch = ScoredBatch(scoring.samples, prompt_width, self.routing_replay.layout, observes)
+        batch.check_batch(input_ids)
         with self.routing_replay.replay_from(batch) as stats:
             result = score()
         batch.check_done()
@@ -259,24 +300,33 @@ class RoutingReplayMixin(ReplayLogMixin):
             scoring.old_logprobs = result[0]
             return result
         self._log_replay(stats, batch)
-        if scoring.inputs.keys().isdisjoint(("old_per_token_logps", "old_logps")):
-            # without an old policy, no update has happened since the rollout
+        if not scoring.has_old_policy:  # no update has happened since the rollout
             self._log_mismatch(scoring.inputs, result[0].detach())
+        if observes:
+            assert self._alarm is not None  # attached
+            raise_together(self.accelerator, self._alarm.check(batch.observations, self._add_share))
         return result
+
+    def _updates_first(self, scoring: Scoring) -> bool:
+        """Whether an update is at the weights of its rollout, and its record not judged yet."""
+        assert self._rollout is not None  # an update follows a rollout
+        unjudged = self.args.routing_replay_mode == "R2" or not scoring.has_old_policy
+        return unjudged and self._rollout.step == self.state.global_step
 
     def _is_reference(self, model) -> bool:
         # with PEFT the reference is the policy's own module, so the pass tells, not the module
         return model is self.ref_model or adapters_are_off(self.accelerator.unwrap_model(model))
 
-    def _record_old_policy(self, score, rollout: RolloutRecord, prompt_width: int):
+    def _record_old_policy(self, score: Callable, scoring: Scoring, prompt_width: int):
         with self.routing_replay.record() as recorded:
             result = score()
         routes = torch.cat(recorded.forwards).cpu()
-        completions = [
-            record.shape[0] + 1 - length
-            for record, length in zip(rollout.records, rollout.prompt_lengths, strict=True)
-        ]
-        rollout.records = slice_samples(routes, prompt_width, rollout.prompt_lengths, completions)
+        prompts = [sample.prompt_length for sample in scoring.samples]
+        completions = [len(sample.tokens) - sample.prompt_length for sample in scoring.samples]
+        for sample, rows in zip(
+            scoring.samples, slice_samples(routes, prompt_width, prompts, completions), strict=True
+        ):
+            sample.record = rows
         return result
 
 

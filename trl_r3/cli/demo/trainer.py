@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._compat import swapped
 from ...engines.generate import Rollout, generate_with_routes
-from ...records.sources import ScoredBatch
+from ...records.samples import Sample, ScoredBatch
 from ...records.storage import slice_samples, unpack
 from ...routers.router_replay import RouterReplay
 from ...trainers.grpo import R3GRPOTrainer
@@ -46,7 +46,7 @@ class LowPrecisionRolloutTrainer(R3GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.measure_every = measure_every
         self.measured: list[dict[str, float]] = []
-        self._rollout: Rollout | None = None
+        self._unused_rollout: Rollout | None = None  # of a run without replay
 
     @property
     def _measures_now(self) -> bool:
@@ -66,10 +66,10 @@ class LowPrecisionRolloutTrainer(R3GRPOTrainer):
 
         def generate(*args, **kwargs):
             with RouterReplay(model) as replay:
-                self._rollout = generate_with_routes(
+                self._unused_rollout = generate_with_routes(
                     model, replay, own_generate, args, kwargs, temperature=self.temperature
                 )
-            return self._rollout.output
+            return self._unused_rollout.output
 
         own_generate = model.generate
         with swapped(model, "generate", generate):
@@ -87,9 +87,8 @@ class LowPrecisionRolloutTrainer(R3GRPOTrainer):
     @torch.no_grad()
     def _measure(self, replay: RouterReplay, output: dict[str, Any]) -> dict[str, float]:
         prompt_mask, mask = output["prompt_mask"], output["completion_mask"]
-        records, logprobs = self._rollout_of(replay, output)
-        prompts = prompt_mask.sum(1).tolist()
-        batch = partial(ScoredBatch, prompts, records, prompt_mask.shape[1], replay.layout)
+        samples, logprobs = self._samples_of(output)
+        batch = partial(ScoredBatch, samples, prompt_mask.shape[1], replay.layout)
         score = partial(
             self._get_per_token_logps_and_entropies,
             self.model,
@@ -113,15 +112,21 @@ class LowPrecisionRolloutTrainer(R3GRPOTrainer):
             "replay/changed_token_frac": float(stats.changed_tokens) / tokens,
         }
 
-    def _rollout_of(self, replay: RouterReplay, output: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """Records of shape `(T_i - 1, L, K)` of each sample, and log-probabilities of shape `(B, C)`."""
-        if self._use_replay:
-            return output["routed_experts"], output["rollout_logprobs"]
-        rollout, self._rollout = self._rollout, None
+    def _samples_of(self, output: dict[str, Any]) -> tuple[list[Sample], Tensor]:
+        """The samples with their records, and log-probabilities of shape `(B, C)`."""
+        if self._rollout is not None:
+            return self._rollout.samples, output["rollout_logprobs"]
+        rollout, self._unused_rollout = self._unused_rollout, None
         assert rollout is not None and rollout.logprobs is not None  # a measured step captures
         prompts, completions = (output[name].sum(1).tolist() for name in ("prompt_mask", "completion_mask"))
         records = slice_samples(rollout.records, rollout.prompt_width, prompts, completions)
-        return records, rollout.logprobs[:, : output["completion_ids"].shape[1]]
+        tokens = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        width = output["prompt_ids"].shape[1]
+        samples = [
+            Sample(i, ids[width - p : width + c], p, record)
+            for i, (ids, p, c, record) in enumerate(zip(tokens, prompts, completions, records, strict=True))
+        ]
+        return samples, rollout.logprobs[:, : output["completion_ids"].shape[1]]
 
 
 def mismatch(train_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, prefix: str) -> dict[str, float]:
