@@ -308,7 +308,8 @@ class Watching(GRPOTrainer):
         tokens = one.input_ids[row].tolist()
         start = one.attention_mask[row].tolist().index(1)
         lengths = range(len(tokens), one.prompt_width, -1)
-        rollout = self.rollouts[self.model.training]
+        mode = self.model.training  # which a reward function may have changed since
+        rollout = {**self.rollouts[not mode], **self.rollouts[mode]}
         return next(rollout[key] for n in lengths if (key := tuple(tokens[start:n])) in rollout)
 
 
@@ -364,7 +365,7 @@ def build(settings):
         while_generating=None,
         **changes,
     ):
-        passed = ("peft_config", "eval_dataset", "callbacks", "reward_processing_classes")
+        passed = ("peft_config", "eval_dataset", "callbacks", "reward_processing_classes", "rollout_func")
         extra = {name: changes.pop(name) for name in passed if name in changes}
         bases = (Watching,) if trainer_class is GRPOTrainer else (trainer_class, Watching)
         body = {} if while_generating is None else {"while_generating": staticmethod(while_generating)}
