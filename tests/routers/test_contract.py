@@ -1,11 +1,15 @@
 """What a user may expect of the public functions, phrased as a user would."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from model_zoo import build_tiny
 from oracles import executed_ids, stacked
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
 
@@ -151,3 +155,55 @@ def test_how_the_gate_is_computed_can_be_chosen(qwen, ids, gating, shown):
     disable_routing_replay(qwen)
     with pytest.raises(ValueError, match="`gating` is 'fast', expected one of"):
         enable_routing_replay(qwen, gating="fast")
+
+
+def columns(ids, routes):
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "routed_experts": routes}
+
+
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_plain_trainer_replays_a_column(qwen, tmp_path, remove_unused_columns, wrapped):
+    ids = torch.randint(2, 96, (4, 12), generator=torch.Generator().manual_seed(0))
+    policy = get_peft_model(qwen, LoraConfig(target_modules=["q_proj"])) if wrapped else qwen
+    replay = enable_routing_replay(policy)
+    routes = torch.rand(4, 12, 2, replay.num_experts).argsort(-1)[..., : replay.top_k]
+    settings = {
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    trainer = Trainer(
+        model=policy,
+        args=TrainingArguments(
+            str(tmp_path), save_strategy="no", remove_unused_columns=remove_unused_columns, **settings
+        ),
+        train_dataset=Dataset.from_dict({name: column.tolist() for name, column in columns(ids, routes).items()}),
+    )
+    with executed_ids(qwen) as seen:
+        trainer.train()
+    rows = {tuple(row) for row in routes.flatten(0, 2).tolist()}
+    executed = [tuple(row) for ids in seen.values() for call in ids for row in call.tolist()]
+    assert executed and set(executed) <= rows
+
+
+def test_a_column_that_is_lost_on_the_way_is_told(qwen, ids):
+    """TRL's SFTTrainer keeps the columns that it knows."""
+    enable_routing_replay(qwen)
+    with pytest.warns(RuntimeWarning, match="no `routed_experts` came with its labels"):
+        qwen(ids, labels=ids)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qwen(ids, labels=ids)
+
+
+def test_compiling_an_attached_model_is_an_error_that_says_so(qwen, ids):
+    with RouterReplay(qwen) as replay, torch.no_grad(), replay.record() as recorded:
+        qwen(ids)
+    replay = RouterReplay(qwen)
+    qwen.compile(backend="eager")
+    expected = pytest.raises(RuntimeError, match="was compiled after routing replay was attached")
+    with expected, replay.replay(recorded.routed_experts):
+        qwen(ids)

@@ -68,7 +68,8 @@ trainer = R3GRPOTrainer(
 try:
     trainer.train()
 except Exception as error:
-    print(f"RANK {trainer.accelerator.process_index} {type(error).__name__}: {error}".replace(chr(10), " "), flush=True)
+    rank = trainer.accelerator.process_index
+    print(f"RANK {rank} {type(error).__name__}: {error}".replace(chr(10), " "), flush=True)
 """
 TEXTS = {
     "missing": "RuntimeError: process 1: .*rows have no record, the first in sample 0",

@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, L MoE layers, K experts per token.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,7 @@ class _EnabledModel:
     def __init__(self, lm: PreTrainedModel, replay: RouterReplay):
         self.lm = lm
         self.replay = replay
+        self.noticed = False
         self.patches = [
             Patch(lm, self._forward, parameter="routed_experts"),
             Patch(lm, self._generate, name="generate", parameter="output_routed_experts"),
@@ -103,11 +105,24 @@ class _EnabledModel:
     def _forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         routed_experts = kwargs.pop("routed_experts", None)
         if routed_experts is None:
+            self._notice_live_loss(kwargs)
             return forward(*args, **kwargs)
         batch = self.replay.batch_source(routed_experts)
         _check_missing(batch.record, self.replay.layout, kwargs)
         with self.replay.replay_from(batch):
             return forward(*args, **kwargs)
+
+    def _notice_live_loss(self, kwargs: dict[str, Any]) -> None:
+        if not self.noticed and kwargs.get("labels") is not None and torch.is_grad_enabled():
+            self.noticed = True
+            warnings.warn(
+                "a loss is computed with live routing, on a model that was enabled to replay: no `routed_experts` "
+                "came with its labels. If the data has them, the trainer or its collator has dropped the column: set "
+                "`remove_unused_columns=False` and pass a `data_collator` that keeps it. Otherwise disable replay "
+                "while training.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _generate(self, generate: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not kwargs.pop("output_routed_experts", False):

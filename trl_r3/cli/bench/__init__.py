@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .alarm import alarm_cost
 from .costs import generation_cost, storage, training_cost
 from .fidelity import mismatch, own_record
 from .launches import launches
@@ -28,6 +29,7 @@ PARTS: tuple[Callable[[BenchSettings], list[Finding]], ...] = (
     training_cost,
     generation_cost,
     launches,
+    alarm_cost,
     storage,
     mismatch,
     own_record,

@@ -32,6 +32,8 @@ class BenchSettings:
             Number of measurements with and without.
         scored (`int`):
             Sequences of the mismatch.
+        alarm_rounds (`int`):
+            Number of judgements that are timed.
         launch_layers, launch_rounds (`int`):
             Layers of the model that sees few tokens, and number of measurements of each way.
         rollout_samples, rollout_tokens (`int`):
@@ -49,6 +51,7 @@ class BenchSettings:
     new_tokens: int = 32
     pairs: int = 30
     scored: int = 32
+    alarm_rounds: int = 10
     launch_layers: int = 24
     launch_rounds: int = 200
     rollout_samples: int = 64
