@@ -159,7 +159,8 @@ makes itself are logged.
 | statistic | definition | right | wrong |
 |---|---|---|---|
 | `routing_replay/agreement` | kappa: overlap of live and recorded experts beyond chance | 0.5 or more | below |
-| `routing_replay/contrast` | overlap less that with the record moved by one token | above 0, pooled over layers | below |
+| `routing_replay/contrast` | overlap less that with the record moved by one token | above 0, pooled over layers |
+below |
 
 kappa = (o - c) / (1 - c), where o is the mean share of the K experts that live routing and record have in common, and
 c the sum over experts of (share of rows that have it live) x (share that have it recorded) / K: what these very rows

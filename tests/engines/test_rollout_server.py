@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,6 +222,20 @@ def test_routes_of_other_tokens_are_an_error(server_trainer):
         fake.complete = cut
         with pytest.raises(ValueError, match=r"sample [0-7]: the record has \d+ rows for \d+ tokens"):
             server_trainer(fake).train()
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {}])
+def test_truncated_sampling_is_not_called_mismatch(server_trainer, sampling):
+    """The engine's log-probabilities are over what was kept, which the trainer does not know."""
+    with fake_vllm() as fake, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = server_trainer(fake, **sampling)
+        trainer.train()
+    told = [str(each.message) for each in caught if "`sampling/*` is not logged" in str(each.message)]
+    logged = [name for entry in trainer.state.log_history for name in entry if name.startswith("sampling/k3")]
+    assert len(told) == bool(sampling), "once, with the remedy"
+    assert bool(logged) != bool(sampling)
+    assert all(f"{name}={value}" in told[0] for name, value in sampling.items())
 
 
 def test_a_server_without_the_flag_fails_at_construction(server_trainer):

@@ -365,7 +365,14 @@ def build(settings):
         while_generating=None,
         **changes,
     ):
-        passed = ("peft_config", "eval_dataset", "callbacks", "reward_processing_classes", "rollout_func")
+        passed = (
+            "peft_config",
+            "eval_dataset",
+            "callbacks",
+            "reward_processing_classes",
+            "rollout_func",
+            "processing_class",
+        )
         extra = {name: changes.pop(name) for name in passed if name in changes}
         bases = (Watching,) if trainer_class is GRPOTrainer else (trainer_class, Watching)
         body = {} if while_generating is None else {"while_generating": staticmethod(while_generating)}
@@ -374,8 +381,7 @@ def build(settings):
             args=settings(**changes),
             reward_funcs=reward,
             train_dataset=Dataset.from_dict({"prompt": prompts * 4}),
-            processing_class=make_tokenizer(),
-            **extra,
+            **{"processing_class": make_tokenizer(), **extra},
         )
 
     return make

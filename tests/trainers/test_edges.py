@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_zoo import build_tiny
 from peft import LoraConfig, PromptTuningConfig, TrainableTokensConfig
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin
 from trl import SFTTrainer
 from trl.experimental.distillation import DistillationTrainer
 
@@ -218,6 +219,50 @@ def test_trained_vocabulary_rows(qwen3, train, check, gap, adapter):
 def test_prompt_tuning_is_refused_at_construction(qwen3, build):
     with pytest.raises(UnsupportedRouterError, match="learns a prompt"):
         build(qwen3(), peft_config=PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+
+
+# Checkpoints that ship a processor
+
+
+class TextProcessor(ProcessorMixin):
+    """As much of a processor as text needs."""
+
+    attributes = ["tokenizer"]
+    tokenizer_class = "PreTrainedTokenizerFast"
+
+    def __init__(self, tokenizer=None, **kwargs):
+        super().__init__(tokenizer, **kwargs)
+
+    def __call__(self, images=None, text=None, **kwargs):
+        return self.tokenizer(text)
+
+
+def test_text_through_a_processor(qwen3, train, check, gap, tools):
+    """TRL takes a model for a vision model by its processor; what counts is the data."""
+    processor = TextProcessor(tools["make_tokenizer"]())
+    policy = qwen3()
+    policy.config.image_token_id = 95  # which TRL looks for beside a processor
+    trainer = train(policy, while_generating=gap["scrambled"], processing_class=processor)
+    assert trainer._is_vlm
+    assert_updates_replay(trainer, check)
+
+
+def test_text_through_a_vision_language_model(train, tools):
+    """Its decoder is fed embeddings, so the whole batch is held against the tokens of the records."""
+    policy = build_tiny("qwen3_vl_moe")
+    trainer = train(policy, processing_class=TextProcessor(tools["make_tokenizer"]()), max_steps=1)
+    (entry,) = [entry for entry in trainer.state.log_history if "routing_replay/replayed_frac" in entry]
+    assert entry["routing_replay/replayed_frac"] == 1.0 and entry["routing_replay/changed_router_frac"] == 0.0
+
+
+def test_edited_tokens_of_a_vision_language_model_are_an_error(build, tools):
+    class Editing(R3GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, {**inputs, "completion_ids": inputs["completion_ids"].roll(1, 1)})
+
+    processor = TextProcessor(tools["make_tokenizer"]())
+    with pytest.raises(MisalignedRecordError, match="tokens of the batch differ"):
+        build(build_tiny("qwen3_vl_moe"), trainer_class=Editing, processing_class=processor).train()
 
 
 # Collapsed routers

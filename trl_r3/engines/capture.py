@@ -116,7 +116,7 @@ def _continuous_batching(trainer: Any, replay: RouterReplay) -> Iterator[MakeTur
     own_generate, batches = model.generate_batch, []
 
     def generate_batch(inputs, *args, **kwargs):
-        with recorded_batches(replay) as recorded:
+        with recorded_batches(replay, trainer.temperature) as recorded:
             outputs = own_generate(inputs, *args, **kwargs)
         recorded.check(inputs, outputs)
         batches.append((recorded, outputs))
@@ -125,7 +125,7 @@ def _continuous_batching(trainer: Any, replay: RouterReplay) -> Iterator[MakeTur
     def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
         ((recorded, outputs),) = batches
         records = [recorded.rows(request) for request in outputs]
-        sampled = [torch.tensor(output.logprobs) for output in outputs.values()]
+        sampled = [recorded.logprobs(request, output) for request, output in outputs.items()]
         return Turn(prompt_ids, completion_ids, records, sampled)
 
     with swapped(model, "generate_batch", generate_batch):

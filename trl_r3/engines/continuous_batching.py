@@ -25,6 +25,7 @@ class RecordedBatches:
         self._recorded = recorded
         self._rows: dict[str, list[Tensor]] = {}
         self._filled: dict[str, int] = {}
+        self._logprobs: dict[tuple[str, int], float] = {}  # by request and position
 
     def add_step(self, fed: Sequence[tuple[str, int, int]]) -> None:
         """
@@ -56,6 +57,24 @@ class RecordedBatches:
                 self._rows.setdefault(request, []).append(new)
                 self._filled[request] = filled + new.shape[0]
 
+    def add_draws(self, drawn: Sequence[tuple[str, int]], logprobs: Tensor) -> None:
+        """
+        Take what a step has sampled.
+
+        Args:
+            drawn (sequence of `tuple[str, int]`):
+                Request, and position of the token that was drawn for it.
+            logprobs (`torch.Tensor` of shape `(requests,)`):
+                Log-probabilities of the tokens.
+        """
+        for place, value in zip(drawn, logprobs.tolist(), strict=True):
+            self._logprobs.setdefault(place, value)
+
+    def logprobs(self, request: str, output: Any) -> Tensor:
+        """(C,) log-probabilities of the tokens of a request, over the whole vocabulary."""
+        first = len(output.prompt_ids)
+        return torch.tensor([self._logprobs[request, first + i] for i in range(len(output.generated_tokens))])
+
     def rows(self, request: str) -> Tensor:
         """Ids of shape `(R, L, K)` of a request, on the host."""
         return torch.cat(self._rows[request]).cpu()
@@ -80,13 +99,18 @@ class RecordedBatches:
 
 
 @contextmanager
-def recorded_batches(replay: RouterReplay) -> Iterator[RecordedBatches]:
+def recorded_batches(replay: RouterReplay, temperature: float) -> Iterator[RecordedBatches]:
     """
     Record every step of continuous batching inside.
+
+    The engine's own log-probabilities are over the tokens that top-p and its like have kept. Those recorded here are
+    over the whole vocabulary, as the trainer scores them.
 
     Args:
         replay ([`RouterReplay`]):
             Handle on the model that generates.
+        temperature (`float`):
+            That of the sampling.
 
     Yields:
         [`RecordedBatches`].
@@ -102,11 +126,32 @@ def recorded_batches(replay: RouterReplay) -> Iterator[RecordedBatches]:
                 (each.state.request_id, each.state.position_offset - each.query_length, each.query_length)
                 for each in in_batch
             ]
-            own_step(processor, model)
+            logits: list[Tensor] = []
+            handle = model.register_forward_hook(lambda module, args, output: logits.append(output.logits))
+            try:
+                own_step(processor, model)
+            finally:
+                handle.remove()
             batches.add_step(fed)
+            drawn = [
+                (request, start + count)
+                for each, (request, start, count) in zip(in_batch, fed, strict=True)
+                if each.has_new_token
+            ]
+            batches.add_draws(drawn, _sampled_logprobs(processor, model, logits[0], len(drawn), temperature))
 
         with swapped(ContinuousBatchProcessor, "_generation_step", step):
             yield batches
+
+
+def _sampled_logprobs(processor: Any, model: Any, logits: Tensor, count: int, temperature: float) -> Tensor:
+    """(requests,) log-probabilities of the tokens that a step has just sampled."""
+    buffers = processor.inputs_and_outputs
+    # the model has kept the rows that predict, or those of all tokens that were fed
+    keeps = processor.model_runner.supports_logits_to_keep(model)
+    rows = logits[0, :count] if keeps else logits[0, buffers.logits_indices[:count]]
+    logprobs = (rows.float() / temperature).log_softmax(-1)
+    return logprobs.gather(1, buffers.output_ids[0, :count, None].long()).squeeze(1)
 
 
 def recordable_config(config: Any) -> None:
@@ -123,4 +168,3 @@ def recordable_config(config: Any) -> None:
     config.varlen_compile_config = None
     config.decode_compile_config = None
     config.default_compile_level = 0
-    config.return_logprobs = True

@@ -46,8 +46,13 @@ class ReplayLogMixin(_Trainer):
         args: Any
         model: Any
         pad_to_multiple_of: Any
+        use_vllm: bool
+        top_p: float
+        top_k: int
+        min_p: float | None
 
     _last_compared: int | None = None  # step of the last comparison with live routing
+    _said_truncated = False  # that the rollout's log-probabilities cannot be compared
 
     def __init__(self, *args, **kwargs):
         self._shares: dict[str, Tensor] = {}  # by metric: (part, whole)
@@ -76,9 +81,26 @@ class ReplayLogMixin(_Trainer):
         padded = pad(logprobs, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
         return padded.to(completion_ids.device)
 
+    def _rollout_logprobs(self, batch: dict[str, Any]) -> Tensor | None:
+        """(B, C) log-probabilities that the rollout sampled with, where they are over the whole vocabulary."""
+        cut = {"top_p": self.top_p < 1.0, "top_k": bool(self.top_k and self.top_k > 0), "min_p": bool(self.min_p)}
+        if not self.use_vllm or not any(cut.values()):
+            return batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
+        if not self._said_truncated:
+            self._said_truncated = True
+            named = ", ".join(f"{name}={getattr(self, name)}" for name, cuts in cut.items() if cuts)
+            warnings.warn(
+                f"`sampling/*` is not logged with {named}: vLLM normalises its log-probabilities over the tokens that "
+                "are kept, training over the whole vocabulary, and the difference would look like mismatch. Set "
+                "`top_p=1.0`, `top_k=0` and `min_p=None` to see the mismatch.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return None
+
     def _log_mismatch(self, batch: dict[str, Any], train_logprobs: Tensor | None, prefix: str = "sampling") -> None:
         """Log rollout against training, at weights that have not changed since the rollout."""
-        rollout_logprobs = batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
+        rollout_logprobs = self._rollout_logprobs(batch)
         if train_logprobs is None or rollout_logprobs is None:
             return
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
@@ -88,7 +110,7 @@ class ReplayLogMixin(_Trainer):
 
     def _warn_if_worse(self, batch: dict[str, Any], replayed: Tensor | None, live: Tensor) -> None:
         """At the weights of the rollout, replay brings training closer to it, or something is wrong."""
-        rollout_logprobs = batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
+        rollout_logprobs = self._rollout_logprobs(batch)
         if replayed is None or rollout_logprobs is None:
             return
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)

@@ -71,11 +71,6 @@ class RoutingReplayMixin(ReplayLogMixin):
                 recordable_config(self.continuous_batching_config)
             elif not self.use_vllm:
                 check_decoding(self.model, {"generation_config": self.generation_config})
-            if self._is_vlm:
-                raise ValueError(
-                    "routing replay of vision-language models is not supported: the processor expands image "
-                    "placeholders, so rollout and training tokens differ in number. Set `use_routing_replay=False`."
-                )
             with self._attached():  # unsupported models fail now, not at the first step
                 pass
 
@@ -168,6 +163,12 @@ class RoutingReplayMixin(ReplayLogMixin):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if not self._replays_now or not self._captures:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        images = args[0] if args else kwargs.get("images")
+        if self.use_vllm and images is not None and any(images):
+            raise ValueError(
+                "vLLM expands image placeholders itself, so that its rows would not be those of the training tokens. "
+                "Generate with Transformers (`use_vllm=False`), leave images out, or set `use_routing_replay=False`."
+            )
         with capture(self, self.routing_replay) as make_turn:
             generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
