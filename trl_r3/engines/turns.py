@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,9 +78,12 @@ def stitch(
     that fed a token wins, because its routing gave the sampled log-probabilities; later turns fill the positions that
     are new: the last token of the turn before, what a tool said, and what they sampled.
 
+    Which sample a turn continues is told by tokens. Where they fit several samples, one that still lacks what the turn
+    has goes first, and the entries of a turn keep the order of the samples.
+
     Args:
         turns (sequence of [`Turn`]):
-            In the order they were made. The first holds every sample, later ones those that went on, in order.
+            In the order they were made: each with all samples that went on, or the samples one after the other.
         prompt_ids, completion_ids (sequence of `list[int]`):
             What the trainer scores: completions hold all turns and tool results, and may be truncated.
         layout ([`RoutingLayout`]):
@@ -91,38 +95,51 @@ def stitch(
     Raises:
         `ValueError`: If a record does not belong to its tokens, or cannot be one of this model; it names the sample.
     """
-    sequences = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    stitched = [_Stitched(len(ids), layout) for ids in sequences]
-    for number, turn in enumerate(turns):
-        start = 0
-        for entry, record in enumerate(turn.records):
-            fed = [*turn.prompt_ids[entry], *turn.completion_ids[entry]]
-            sample = entry if number == 0 else _sample_of(turn.prompt_ids[entry], sequences, start)
-            start = sample + 1
-            check_length(record.shape[0], len(fed), sample)
-            check_rows(record, layout, sample=sample)
-            stitched[sample].add(turn, entry, _common_prefix(fed, sequences[sample]))
-    lengths = [len(prompt) for prompt in prompt_ids]
+    stitched = [_Stitched(p, c, layout) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    for turn in turns:
+        for entry, sample in enumerate(_samples_of(turn, stitched)):
+            fed = len(turn.prompt_ids[entry]) + len(turn.completion_ids[entry])
+            check_length(turn.records[entry].shape[0], fed, sample)
+            check_rows(turn.records[entry], layout, sample=sample)
+            stitched[sample].add(turn, entry)
     logprobs = None
     if turns and all(turn.logprobs is not None for turn in turns):
-        logprobs = [joined.logprobs[length:] for joined, length in zip(stitched, lengths, strict=True)]
-    return RolloutRecord(lengths, [joined.record for joined in stitched], logprobs)
+        logprobs = [joined.logprobs[len(joined.prompt) :] for joined in stitched]
+    return RolloutRecord([len(joined.prompt) for joined in stitched], [joined.record for joined in stitched], logprobs)
 
 
 class _Stitched:
     """The record of one sample while its turns are joined."""
 
-    def __init__(self, num_tokens: int, layout: RoutingLayout):
+    def __init__(self, prompt: Sequence[int], completion: Sequence[int], layout: RoutingLayout):
         self.layout = layout
-        self.num_rows = max(num_tokens - 1, 0)
-        self.logprobs = torch.full((num_tokens,), float("nan"))
-        self.filled = 0
+        self.prompt = prompt
+        self.ids = [*prompt, *completion]
+        self.bytes = _as_bytes(self.ids)
+        self.num_rows = max(len(self.ids) - 1, 0)
+        self.logprobs = torch.full((len(self.ids),), float("nan"))
+        self.filled = 0  # rows
+        self.fed: int | None = None  # tokens up to the end of its longest turn
         self._pieces: list[Tensor] = []
 
-    def add(self, turn: Turn, entry: int, agreed: int) -> None:
+    def goes_on_at(self, first: int) -> bool:
+        """Whether a prompt of so many tokens is the one of the sample, or all of the turns before and maybe more."""
+        return first == len(self.prompt) if self.fed is None else first >= self.fed
+
+    def lacks(self, turn: Turn, entry: int) -> bool:
+        """Whether an entry of the same tokens would add to the sample."""
+        first = len(turn.prompt_ids[entry])
+        end = first + len(turn.completion_ids[entry])
+        if min(end - 1, self.num_rows) > self.filled:
+            return True
+        return turn.logprobs is not None and bool(self.logprobs[max(first, len(self.prompt)) : end].isnan().any())
+
+    def add(self, turn: Turn, entry: int) -> None:
         """Take the rows that are new, as far as the tokens agree."""
-        fed = len(turn.prompt_ids[entry]) + len(turn.completion_ids[entry]) - 1  # a T-th row was never routed
-        end = min(agreed, fed, turn.records[entry].shape[0], self.num_rows)
+        fed = [*turn.prompt_ids[entry], *turn.completion_ids[entry]]
+        agreed = _common_prefix(fed, self.ids)
+        end = min(agreed, len(fed) - 1, turn.records[entry].shape[0], self.num_rows)  # a T-th row was never routed
+        self.fed = max(len(fed), self.fed or 0)
         if end > self.filled:
             self._pieces.append(turn.records[entry][self.filled : end])
             self.filled = end
@@ -141,15 +158,76 @@ class _Stitched:
         return torch.cat([*self._pieces, rest])
 
 
-def _sample_of(prompt: Sequence[int], sequences: list[list[int]], start: int) -> int:
-    for sample in range(start, len(sequences)):
-        if sequences[sample][: len(prompt)] == list(prompt):
-            return sample
-    raise ValueError(
-        f"a turn was given a prompt of {len(prompt)} tokens that is the beginning of none of the "
-        f"{len(sequences) - start} sequences from sample {start} on, so its routes belong to no sample. Do not "
-        "re-tokenize between turns."
-    )
+def _samples_of(turn: Turn, samples: Sequence[_Stitched]) -> list[int]:
+    """
+    The sample that each entry of a turn continues, no two the same: the whole turn at the lowest price.
+
+    Whatever begins with the prompt of an entry may be continued by it. Most of all, the tokens should be the same as
+    far as both go; then the sample should be about to go on there, lack what the entry has and, in a turn of all
+    samples, have its index. Of what is still equal, the first entry takes the first sample.
+    """
+    entries = len(turn.records)
+    in_order = entries == len(samples)
+    prices: list[dict[int, int]] = []  # by entry: sample, price
+    for entry in range(entries):
+        prompt, price = _as_bytes(turn.prompt_ids[entry]), {}
+        fed = prompt + _as_bytes(turn.completion_ids[entry])
+        for sample, joined in enumerate(samples):
+            if joined.bytes.startswith(prompt):
+                agrees = joined.bytes.startswith(fed) or fed.startswith(joined.bytes)
+                goes_on = joined.goes_on_at(len(turn.prompt_ids[entry]))
+                lacks = agrees and joined.lacks(turn, entry)
+                price[sample] = 0
+                # no sum over the entries of what comes later outweighs one of what comes before
+                for fault in (not agrees, not goes_on, not lacks, in_order and sample != entry):
+                    price[sample] = price[sample] * (entries + 1) + fault
+        prices.append(price)
+    chosen = _cheapest(prices)
+    for entry in range(entries):
+        if entry not in chosen:
+            others = f", but for {len(prices[entry])} that its other entries continue" if prices[entry] else ""
+            raise ValueError(
+                f"a turn was given a prompt of {len(turn.prompt_ids[entry])} tokens that is the beginning of none of "
+                f"the {len(samples)} sequences{others}, so its routes belong to no sample. Do not re-tokenize between "
+                "turns."
+            )
+    return [chosen[entry] for entry in range(entries)]
+
+
+def _cheapest(prices: Sequence[dict[int, int]]) -> dict[int, int]:
+    """
+    Match as many entries as can be to different samples, at the lowest sum of prices.
+
+    Entry by entry, along the cheapest path on which entries before it move on to another sample.
+    """
+    chosen: dict[int, int] = {}
+    owner: dict[int, int] = {}
+    for entry in range(len(prices)):
+        paid: dict[int, int] = {}  # by sample that a path reaches
+        via: dict[int, int] = {}  # the entry that would take it
+        lowest = min(prices[entry].values(), default=0)
+        paths = [(entry, 0)]
+        for at, so_far in paths:  # grows
+            for sample, price in prices[at].items():
+                if sample not in paid or so_far + price < paid[sample]:
+                    paid[sample], via[sample] = so_far + price, at
+                    if sample in owner:
+                        paths.append((owner[sample], paid[sample] - prices[owner[sample]][sample]))
+            free = [sample for sample in paid if sample not in owner]
+            if any(paid[sample] == lowest for sample in free):  # no path is cheaper than the entry alone
+                break
+        taken = min(free, key=lambda sample: (paid[sample], sample)) if free else None
+        while taken is not None:
+            mover = via[taken]
+            left = chosen.get(mover)
+            chosen[mover], owner[taken] = taken, mover
+            taken = left
+    return chosen
+
+
+def _as_bytes(ids: Sequence[int]) -> bytes:
+    """Eight bytes a token: whether one sequence begins another is told without copying either."""
+    return np.asarray(ids, dtype=np.int64).tobytes()
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
