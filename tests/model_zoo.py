@@ -317,13 +317,18 @@ def _spread_routing(model: PreTrainedModel) -> None:
             tensor.normal_(std=0.05)
 
 
-def build_tiny(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A small random model of ``model_type`` in fp32 and eval mode, the same one for the same seed."""
+def build_tiny(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """
+    A small random model of ``model_type`` in eval mode, the same one for the same seed. In another dtype Transformers
+    may keep some parts in fp32.
+    """
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         auto = AutoModelForCausalLM if model_type in MOE_MODEL_TYPES else AutoModelForImageTextToText
-        model = auto.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=dtype)
         _spread_routing(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
