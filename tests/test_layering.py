@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,9 @@ def test_public_names():
         assert getattr(trl_r3, name) is not None
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
-    assert sorted(alias.name for node in checked.body for alias in node.names) == trl_r3.__all__
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    assert sorted(alias.name for node in imports for alias in node.names) == trl_r3.__all__
+    assert trl_r3.__version__ == metadata.version("trl-r3")
     assert set(trl_r3.__all__) <= set(dir(trl_r3))
     with pytest.raises(AttributeError, match="no attribute 'R4Trainer'"):
         trl_r3.R4Trainer  # noqa: B018

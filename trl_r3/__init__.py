@@ -1,11 +1,10 @@
 """Rollout Routing Replay (R3): train a mixture of experts through the experts that its rollouts used."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    __version__: str
     from .engines.enabled_model import disable_routing_replay, enable_routing_replay
     from .engines.payloads import decode_sglang, decode_vllm_http, decode_vllm_output
     from .engines.turns import Turn, stitch
@@ -65,6 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("trl-r3")  # which setup.cfg has
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
