@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from datasets import Dataset
 from engines.tiny_chat import make_trainer
 from engines.watch import assert_nothing_missing, assert_replayed, wrong_rows
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState
+
+from trl_r3.engines.continuous_batching import RecordedBatches
 
 PROMPTS = ["t30 t31 t32", "t40", "t50 t51 t52 t53 t54 t55 t56", " ".join(f"t{i}" for i in range(60, 100))]
 
@@ -85,23 +92,102 @@ def test_chunked_prefill(tmp_path, steps):
     assert_nothing_missing(trainer, steps=2)
 
 
-def test_eviction(tmp_path, steps, monkeypatch):
-    resets = []
+@pytest.fixture
+def evicted(monkeypatch):
+    """Requests that were evicted."""
+    seen = []
     own = RequestState.create_equivalent_initial_request
     monkeypatch.setattr(
-        RequestState, "create_equivalent_initial_request", lambda state: resets.append(state.request_id) or own(state)
+        RequestState, "create_equivalent_initial_request", lambda state: seen.append(state.request_id) or own(state)
     )
+    return seen
+
+
+NARROW = {"num_blocks": 8, "page_size": 8, "max_batch_tokens": 16, "cpu_offload_space": 0.0}
+LONG = {"max_completion_length": 24, "generation_kwargs": {"min_new_tokens": 24}}
+
+
+def test_eviction(tmp_path, evicted):
     trainer = make(
         tmp_path,
         prompts=["t30 t31 t32 t33 t34 t35", "t40 t41 t42 t43", "t50 t51 t52 t53 t54 t55 t56", "t60 t61 t62 t63 t64"],
-        config={"num_blocks": 8, "page_size": 8, "max_batch_tokens": 16, "cpu_offload_space": 0.0},
-        max_completion_length=24,
-        generation_kwargs={"min_new_tokens": 24},
+        config=NARROW,
+        **LONG,
     )
     trainer.train()
-    assert resets, "no request was evicted, so this test shows nothing"
+    assert evicted, "no request was evicted, so this test shows nothing"
     assert_rows_are_those_of_a_forward(trainer)
     assert_nothing_missing(trainer, steps=2)
+
+
+SAMPLING = {
+    "plain": ({}, 0.0),
+    "temperature": ({"temperature": 0.7}, 0.0),
+    "top_k": ({"top_k": 5}, 0.2),
+    "top_p and temperature": ({"top_p": 0.7, "temperature": 1.3}, 0.2),
+    "min_p": ({"min_p": 0.1}, 0.2),
+    "top_k with evictions": ({"top_k": 5, "config": NARROW, **LONG}, 0.2),
+}
+
+
+@pytest.mark.parametrize("settings, least_gap", SAMPLING.values(), ids=SAMPLING.keys())
+@pytest.mark.parametrize("slices_logits", [True, False])
+def test_log_probabilities_are_those_of_a_forward(tmp_path, monkeypatch, evicted, settings, least_gap, slices_logits):
+    """Those of the engine lack the mass of the tokens that truncated sampling drops; it may process in place."""
+    process = ContinuousBatchingLogitsProcessorList.__call__
+
+    def in_place(processors, input_ids, scores, *args):
+        processed = process(processors, input_ids, scores, *args).clone()
+        scores.zero_()
+        return processed
+
+    monkeypatch.setattr(ContinuousBatchingLogitsProcessorList, "__call__", in_place)
+    monkeypatch.setattr(ModelRunner, "supports_logits_to_keep", lambda *args: slices_logits)
+    turns, outputs = [], []
+
+    def one_turn(prompts, trainer):
+        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        turn, logprobs = trainer.rollout_turn(prompt_ids)
+        turns.append((turn, trainer._weights()))
+        tokens = {"prompt_ids": prompt_ids, "completion_ids": turn.completion_ids}
+        return {**tokens, "logprobs": logprobs, "routed_experts": turn.records}
+
+    trainer = make(tmp_path, rollout_func=one_turn, **settings)
+    trainer.continuous_batching_config.return_logprobs = True
+    own = trainer.model.generate_batch
+    trainer.model.generate_batch = lambda *args, **kwargs: outputs.append(own(*args, **kwargs)) or outputs[-1]
+    trainer.train()
+    assert len(turns) == len(outputs) == 2
+    assert bool(evicted) == ("config" in settings), "the case itself"
+    of_engine, ours, expected = [], [], []
+    for (turn, weights), output in zip(turns, outputs, strict=True):
+        of_engine += [torch.tensor(each.logprobs) for each in output.values()]
+        ours += turn.logprobs
+        trainer.pristine.load_state_dict(weights)
+        for prompt, completion in zip(turn.prompt_ids, turn.completion_ids, strict=True):
+            with torch.no_grad():
+                logits = trainer.pristine(torch.tensor([[*prompt, *completion]]), use_cache=False).logits
+            logprobs = (logits[0, len(prompt) - 1 : -1] / settings.get("temperature", 1.0)).log_softmax(-1)
+            expected.append(logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    assert [len(each) for each in ours] == [len(each) for each in expected]
+    torch.testing.assert_close(torch.cat(ours), torch.cat(expected), atol=1e-4, rtol=0)
+    gap = (torch.cat(of_engine) - torch.cat(expected)).mean()
+    assert gap > least_gap if least_gap else abs(gap) < 1e-4, "the case itself"
+
+
+def test_the_first_draw_of_a_position_counts():
+    batches = RecordedBatches(SimpleNamespace())
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 5.0]])
+    batches.add_draws([("a", 2), ("b", 1)], torch.tensor([2, 0], dtype=torch.int32), logits)
+    batches.add_draws([("a", 2), ("a", 3)], torch.tensor([2, 1], dtype=torch.int32), logits.flip(0))
+    output = SimpleNamespace(prompt_ids=[7, 8], generated_tokens=[2, 1])
+    torch.testing.assert_close(batches.logprobs("a", output), logits.log_softmax(1)[[0, 0], [2, 1]])
+    output.generated_tokens = [2, 0]
+    with pytest.raises(RuntimeError, match="a returned token 0 at position 3, but its steps drew 1"):
+        batches.logprobs("a", output)
+    output.generated_tokens = [2, 1, 1]
+    with pytest.raises(RuntimeError, match="a returned token 1 at position 4, but its steps drew None"):
+        batches.logprobs("a", output)
 
 
 def test_records_survive_an_update(tmp_path):

@@ -1,6 +1,7 @@
 """Routes of Transformers' continuous batching: which tokens of which request each packed forward held.
 
-Legend: N tokens of a packed forward, R rows of a request, L MoE layers, K experts per token.
+Legend: N tokens of a packed forward, D requests of it that draw a token, R rows of a request, C its completion tokens,
+L MoE layers, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
 from .._compat import swapped
@@ -19,13 +20,13 @@ from ..routers.router_replay import RouterReplay
 
 
 class RecordedBatches:
-    """The rows of each request, collected over the steps of a call of `generate_batch`."""
+    """The rows and log-probabilities of each request, collected over the steps of a call of `generate_batch`."""
 
     def __init__(self, recorded: RecordedRoutes):
         self._recorded = recorded
+        self._drawn: dict[str, dict[int, tuple[int, float]]] = {}  # by position: token, log-probability
         self._rows: dict[str, list[Tensor]] = {}
         self._filled: dict[str, int] = {}
-        self._logprobs: dict[tuple[str, int], float] = {}  # by request and position
 
     def add_step(self, fed: Sequence[tuple[str, int, int]]) -> None:
         """
@@ -57,27 +58,40 @@ class RecordedBatches:
                 self._rows.setdefault(request, []).append(new)
                 self._filled[request] = filled + new.shape[0]
 
-    def add_draws(self, drawn: Sequence[tuple[str, int]], logprobs: Tensor) -> None:
+    def add_draws(self, drew: Sequence[tuple[str, int]], tokens: Tensor, logits: Tensor) -> None:
         """
-        Take what a step has sampled.
+        Score the tokens that a step drew.
 
         Args:
-            drawn (sequence of `tuple[str, int]`):
-                Request, and position of the token that was drawn for it.
-            logprobs (`torch.Tensor` of shape `(requests,)`):
-                Log-probabilities of the tokens.
+            drew (sequence of `tuple[str, int]`):
+                Request and position of each of its tokens.
+            tokens (`torch.Tensor` of shape `(D,)`), logits (`torch.Tensor` of shape `(D, V)`):
+                The tokens, and the logits of the model divided by the temperature.
         """
-        for place, value in zip(drawn, logprobs.tolist(), strict=True):
-            self._logprobs.setdefault(place, value)
-
-    def logprobs(self, request: str, output: Any) -> Tensor:
-        """(C,) log-probabilities of the tokens of a request, over the whole vocabulary."""
-        first = len(output.prompt_ids)
-        return torch.tensor([self._logprobs[request, first + i] for i in range(len(output.generated_tokens))])
+        logprobs = logits.gather(1, tokens[:, None].long())[:, 0] - logits.logsumexp(1)
+        for (request, position), token, logprob in zip(drew, tokens.tolist(), logprobs.tolist(), strict=True):
+            # an evicted request is prefilled again; what was drawn first stays
+            self._drawn.setdefault(request, {}).setdefault(position, (token, logprob))
 
     def rows(self, request: str) -> Tensor:
         """Ids of shape `(R, L, K)` of a request, on the host."""
         return torch.cat(self._rows[request]).cpu()
+
+    def logprobs(self, request: str, output: Any) -> Tensor:
+        """
+        Of shape `(C,)`, of the tokens that a request sampled, over the whole vocabulary: those of `output` are
+        normalised over what truncated sampling kept.
+        """
+        drawn = self._drawn.get(request, {})
+        first, tokens = len(output.prompt_ids), list(output.generated_tokens)
+        draws = [drawn.get(first + i, (None, float("nan"))) for i in range(len(tokens))]
+        wrong = [i for i, (token, _) in enumerate(draws) if token != tokens[i]]
+        if wrong:
+            raise RuntimeError(
+                f"{request} returned token {tokens[wrong[0]]} at position {first + wrong[0]}, but its steps drew "
+                f"{draws[wrong[0]][0]}, so its log-probability is unknown. Generate without continuous batching."
+            )
+        return torch.tensor([logprob for _, logprob in draws])
 
     def check(self, inputs: Sequence[Sequence[int]], outputs: dict[str, Any]) -> None:
         """Refuse a call that lost requests: TRL would pair what is left with the wrong prompts."""
@@ -103,14 +117,11 @@ def recorded_batches(replay: RouterReplay, temperature: float) -> Iterator[Recor
     """
     Record every step of continuous batching inside.
 
-    The engine's own log-probabilities are over the tokens that top-p and its like have kept. Those recorded here are
-    over the whole vocabulary, as the trainer scores them.
-
     Args:
         replay ([`RouterReplay`]):
             Handle on the model that generates.
         temperature (`float`):
-            That of the sampling.
+            What the trainer divides logits by.
 
     Yields:
         [`RecordedBatches`].
@@ -126,32 +137,44 @@ def recorded_batches(replay: RouterReplay, temperature: float) -> Iterator[Recor
                 (each.state.request_id, each.state.position_offset - each.query_length, each.query_length)
                 for each in in_batch
             ]
-            logits: list[Tensor] = []
-            handle = model.register_forward_hook(lambda module, args, output: logits.append(output.logits))
-            try:
+            # a request that is still prefilling draws nothing
+            drew = [(each.state.request_id, each.state.position_offset) for each in in_batch if each.has_new_token]
+            with _logits_of_draws(model, temperature, len(drew)) as taken:
                 own_step(processor, model)
-            finally:
-                handle.remove()
             batches.add_step(fed)
-            drawn = [
-                (request, start + count)
-                for each, (request, start, count) in zip(in_batch, fed, strict=True)
-                if each.has_new_token
-            ]
-            batches.add_draws(drawn, _sampled_logprobs(processor, model, logits[0], len(drawn), temperature))
+            (logits,) = taken
+            batches.add_draws(drew, processor.inputs_and_outputs.output_ids[0, : len(drew)], logits)
 
         with swapped(ContinuousBatchProcessor, "_generation_step", step):
             yield batches
 
 
-def _sampled_logprobs(processor: Any, model: Any, logits: Tensor, count: int, temperature: float) -> Tensor:
-    """(requests,) log-probabilities of the tokens that a step has just sampled."""
-    buffers = processor.inputs_and_outputs
-    # the model has kept the rows that predict, or those of all tokens that were fed
-    keeps = processor.model_runner.supports_logits_to_keep(model)
-    rows = logits[0, :count] if keeps else logits[0, buffers.logits_indices[:count]]
-    logprobs = (rows.float() / temperature).log_softmax(-1)
-    return logprobs.gather(1, buffers.output_ids[0, :count, None].long()).squeeze(1)
+@contextmanager
+def _logits_of_draws(model: nn.Module, temperature: float, count: int) -> Iterator[list[Tensor]]:
+    """
+    Take the logits `(D, V)` that a step draws from, before it processes them in place.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that generates.
+        temperature (`float`):
+            What to divide them by.
+        count (`int`):
+            D; what comes behind is padding.
+    """
+    taken: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        logits = output.logits[0]
+        if "logits_to_keep" not in kwargs:  # a model that computes all of them
+            logits = logits[kwargs["logits_indices"]]
+        taken.append(logits[:count].detach().float() / temperature)
+
+    handle = model.register_forward_hook(take, with_kwargs=True)
+    try:
+        yield taken
+    finally:
+        handle.remove()
 
 
 def recordable_config(config: Any) -> None:
