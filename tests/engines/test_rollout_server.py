@@ -224,17 +224,32 @@ def test_routes_of_other_tokens_are_an_error(server_trainer):
             server_trainer(fake).train()
 
 
-@pytest.mark.parametrize("sampling", [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {}])
-def test_truncated_sampling_is_not_called_mismatch(server_trainer, sampling):
+WHOLE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}  # -1 is vLLM's own word for all
+
+
+@pytest.mark.parametrize(
+    "sampling, settings",
+    [
+        ({"top_p": 0.8}, {}),
+        ({"top_k": 5}, {}),
+        ({"min_p": 0.1}, {}),
+        ({}, {}),
+        ({"top_p": 0.8}, {"generation_kwargs": {"top_p": 0.8}}),
+        ({}, {"top_p": 0.8, "top_k": 5, "min_p": 0.1, "generation_kwargs": WHOLE}),
+    ],
+)
+def test_truncated_sampling_is_not_called_mismatch(server_trainer, sampling, settings):
     """The engine's log-probabilities are over what was kept, which the trainer does not know."""
     with fake_vllm() as fake, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = server_trainer(fake, **sampling)
+        trainer = server_trainer(fake, routing_replay_compare_every=1, **(settings or sampling))
         trainer.train()
     told = [str(each.message) for each in caught if "`sampling/*` is not logged" in str(each.message)]
-    logged = [name for entry in trainer.state.log_history for name in entry if name.startswith("sampling/k3")]
+    logged = [name for entry in trainer.state.log_history for name in entry if name.endswith("k3_kl")]
     assert len(told) == bool(sampling), "once, with the remedy"
-    assert bool(logged) != bool(sampling)
+    assert sorted(logged) == ([] if sampling else 2 * ["sampling/k3_kl"] + 2 * ["sampling/live/k3_kl"])
+    asked = {name: fake.requests[0].get(name) for name in ("top_p", "top_k", "min_p")}
+    assert asked == {"top_p": 1.0, "top_k": 0, "min_p": 0.0, **(WHOLE if settings and not sampling else sampling)}
     assert all(f"{name}={value}" in told[0] for name, value in sampling.items())
 
 

@@ -83,12 +83,15 @@ class ReplayLogMixin(_Trainer):
 
     def _rollout_logprobs(self, batch: dict[str, Any]) -> Tensor | None:
         """(B, C) log-probabilities that the rollout sampled with, where they are over the whole vocabulary."""
-        cut = {"top_p": self.top_p < 1.0, "top_k": bool(self.top_k and self.top_k > 0), "min_p": bool(self.min_p)}
+        own = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        sampling = {**own, **(self.args.generation_kwargs or {})}  # TRL lets these override its own
+        top_p, top_k, min_p = (sampling[name] for name in own)
+        cut = {"top_p": top_p is not None and top_p < 1.0, "top_k": (top_k or 0) > 0, "min_p": (min_p or 0) > 0}
         if not self.use_vllm or not any(cut.values()):
             return batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
         if not self._said_truncated:
             self._said_truncated = True
-            named = ", ".join(f"{name}={getattr(self, name)}" for name, cuts in cut.items() if cuts)
+            named = ", ".join(f"{name}={sampling[name]}" for name, cuts in cut.items() if cuts)
             warnings.warn(
                 f"`sampling/*` is not logged with {named}: vLLM normalises its log-probabilities over the tokens that "
                 "are kept, training over the whole vocabulary, and the difference would look like mismatch. Set "
