@@ -5,16 +5,13 @@ Legend: N tokens of a forward (B * T), L MoE layers, K experts per token.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._compat import checkpoint_functions
 from ..gating import RowStatus
 from ..records.agreement import changed_layers
 from ..records.layout import RoutingLayout
@@ -181,68 +178,6 @@ class ReplayingPass(RecordingPass):
             self.status = {}
         self.executed_LNK = executed_LNK
         return changed[0] if len(changed) == 1 else torch.cat(changed, dim=1)
-
-
-class ActivePass(threading.local):
-    """The pass that this thread is in. Backward recomputes on threads of its own."""
-
-    current: Pass | None = None
-    removed: threading.Event  # shared by all threads
-
-    def __init__(self, removed: threading.Event):
-        self.removed = removed  # threading.local passes this on to every thread
-
-    def __reduce__(self):  # a copied model starts idle
-        return (_idle, ())
-
-    @contextmanager
-    def use(self, pass_: Pass | None) -> Iterator[None]:
-        """Enter a pass."""
-        previous, self.current = self.current, pass_
-        try:
-            yield
-        finally:
-            self.current = previous
-
-    def bind(self, function: Callable, pass_: Pass) -> Callable:
-        """Let a checkpointed function run in `pass_`, now and when it is recomputed."""
-
-        def run_in_pass(*args, **kwargs):
-            if self.removed.is_set() and isinstance(pass_, ReplayingPass):
-                raise RuntimeError(
-                    "routing replay was removed between a replayed forward and its backward, so the recompute would "
-                    "route live. Call `backward()` before `remove()` or `disable_routing_replay()`."
-                )
-            with self.use(pass_):
-                return function(*args, **kwargs)
-
-        return run_in_pass
-
-
-def _idle() -> ActivePass:
-    return ActivePass(threading.Event())
-
-
-@contextmanager
-def bound_checkpoints(modules: Sequence[nn.Module], active: ActivePass, pass_: Pass) -> Iterator[None]:
-    """
-    Tie a pass to what the layers checkpoint in it.
-
-    Backward may run long after the forward, after other forwards, or never. The recompute finds its record because it
-    is part of the function that the checkpoint keeps, not because some state still happens to be there.
-    """
-    bound = checkpoint_functions(modules) if torch.is_grad_enabled() else []
-    for module, name, checkpoint in bound:
-        setattr(module, name, _binding(checkpoint, active, pass_))
-    try:
-        yield
-    finally:
-        for module, name, checkpoint in bound:
-            setattr(module, name, checkpoint)
-
-
-def _binding(checkpoint: Callable, active: ActivePass, pass_: Pass) -> Callable:
-    return lambda function, *args, **kwargs: checkpoint(active.bind(function, pass_), *args, **kwargs)
 
 
 @dataclass

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import in_backward, is_compiled, uses_prompt_learning
+from .._compat import in_backward, is_compiled
 from ..records.checks import check_rows
 from ..records.layout import RoutingLayout, select_moe_layers
 from ..records.sources import RecordedRoutes, RecordSource, WholeBatch
 from ..records.storage import missing_rows, pack
+from .active_pass import ActivePass, bound_checkpoints
+from .attachable import attachable
 from .discovery import find_routers
 from .forward_pass import (
-    ActivePass,
     LivePass,
     Pass,
     RecordingPass,
@@ -30,11 +31,9 @@ from .forward_pass import (
     TrainingGuard,
     attended_tokens,
     batch_of,
-    bound_checkpoints,
 )
 from .gated import GatedRouter
 from .patches import Patch
-from .self_check import UnsupportedRouterError
 
 GATINGS = ("auto", "intercept", "op")
 
@@ -77,28 +76,7 @@ class RouterReplay:
     def __init__(self, model: nn.Module, gating: str = "auto"):
         if gating not in GATINGS:
             raise ValueError(f"`gating` is {gating!r}, expected one of {GATINGS}.")
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"the model is a {type(model).__name__}, expected a torch.nn.Module. Load it first: "
-                f"`AutoModelForCausalLM.from_pretrained(...)`."
-            )
-        unwrapped = _unwrap(model)
-        if any(isinstance(module.__dict__.get("forward"), Patch) for module in unwrapped.modules()):
-            raise ValueError(
-                "the model already has routing replay attached. Use the handle that exists, or call "
-                "`disable_routing_replay(model)` (`remove()` of the handle) first."
-            )
-        for module in (model, unwrapped):
-            if is_compiled(module):
-                raise ValueError(
-                    f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to "
-                    "the model before compiling, and do not compile it."
-                )
-        if uses_prompt_learning(model):
-            raise UnsupportedRouterError(
-                f"{type(model).__name__} learns a prompt: its adapter prepends tokens that are in no record. Use "
-                "another kind of adapter (LoRA), or set `use_routing_replay=False`."
-            )
+        unwrapped = attachable(model)
         self._compilable = (model, unwrapped)
         found = find_routers(unwrapped, gating)
         self._routers, self.stack = found.routers, found.stack
@@ -312,9 +290,3 @@ class RouterReplay:
         attended_N = attended_tokens(kwargs.get("attention_mask"), batch_size, num_tokens)
         self._stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)
         return output
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    from accelerate.utils import extract_model_from_parallel  # imports slowly
-
-    return extract_model_from_parallel(model, keep_torch_compile=True)

@@ -5,6 +5,7 @@ Legend: B batch, C completion tokens.
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,23 @@ else:
 
 
 class ReplayLogMixin(_Trainer):
-    """The metrics of a trainer that replays: how much it replayed, and how far rollout and training disagree."""
+    """
+    What a trainer that replays tells: how much it replayed, how far rollout and training disagree, and whose method
+    it is.
+    """
+
+    _paper = {
+        "title": "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers",
+        "id": "2510.11370",
+        "citation": textwrap.dedent("""\
+            @article{ma2025stabilizing,
+                title        = {{Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers}},
+                author       = {Wenhan Ma and Hailin Zhang and Liang Zhao and Yifan Song and Yudong Wang and
+                                Zhifang Sui and Fuli Luo},
+                year         = 2025,
+                eprint       = {arXiv:2510.11370},
+            }"""),
+    }
 
     if TYPE_CHECKING:  # what GRPOTrainer sets without annotating it
         args: Any

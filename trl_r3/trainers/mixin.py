@@ -5,7 +5,6 @@ Legend: B batch, C completion tokens.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,16 +19,15 @@ from ..engines.turns import RolloutRecord, Turn, stitch
 from ..engines.vllm_engine import capturing_vllm
 from ..records.samples import ScoredBatch
 from ..records.storage import slice_samples
-from ..routers.forward_pass import TrainingGuard
 from ..routers.router_replay import RouterReplay
 from .alarm import Alarm
 from .construction import check_parent, check_setup
-from .log import ReplayLogMixin
+from .guarded_steps import GuardedStepsMixin
 from .rollout import Rollout, Scoring
 from .together import raise_together
 
 
-class RoutingReplayMixin(ReplayLogMixin):
+class RoutingReplayMixin(GuardedStepsMixin):
     """
     Routing replay for a trainer of the GRPO family: a delta of the passes that generate and score.
 
@@ -37,19 +35,6 @@ class RoutingReplayMixin(ReplayLogMixin):
     which sample is where. Each pass of the policy over them replays; the reference policy, reward models and
     evaluation route live.
     """
-
-    _paper = {
-        "title": "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers",
-        "id": "2510.11370",
-        "citation": textwrap.dedent("""\
-            @article{ma2025stabilizing,
-                title        = {{Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers}},
-                author       = {Wenhan Ma and Hailin Zhang and Liang Zhao and Yifan Song and Yudong Wang and
-                                Zhifang Sui and Fuli Luo},
-                year         = 2025,
-                eprint       = {arXiv:2510.11370},
-            }"""),
-    }
 
     def __init__(self, *args, **kwargs):
         check_parent(type(self), RoutingReplayMixin)
@@ -121,38 +106,6 @@ class RoutingReplayMixin(ReplayLogMixin):
     def _replays_now(self) -> bool:
         # what a step does must not hang on the mode that somebody left the model in
         return self._use_replay and not self._evaluates
-
-    def training_step(self, *args, **kwargs):
-        """`training_step` of TRL: each of its forwards that builds a graph replays, and one of them at least."""
-        if not self._use_replay:
-            return super().training_step(*args, **kwargs)
-        guard = TrainingGuard()
-        with swapped(self.routing_replay, "guard", guard):
-            loss = super().training_step(*args, **kwargs)
-        if guard.replayed + guard.live == 0:
-            raise RuntimeError(
-                "a training step ended in which no forward of the policy replayed its record. Compute the loss with "
-                "the model that the trainer holds, or set `use_routing_replay=False`."
-            )
-        self._log_live(guard)
-        return loss
-
-    @contextmanager
-    def live_routing(self) -> Iterator[None]:
-        """
-        Let forwards of a training step go live on purpose, which is an error elsewhere. Their rows are logged as not
-        replayed.
-
-        Example:
-
-        ```python
-        >>> with trainer.live_routing():
-        ...     auxiliary = model(input_ids=other_ids).logits
-        ```
-        """
-        guard = self.routing_replay.guard or TrainingGuard()
-        with swapped(self, "_scoring", None), swapped(guard, "allows_live", True):
-            yield
 
     @property
     def _captures(self) -> bool:

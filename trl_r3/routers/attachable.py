@@ -1,0 +1,55 @@
+"""Which models routing replay can be attached to, before anything in them is looked at."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .._compat import is_compiled, uses_prompt_learning
+from .patches import Patch
+from .self_check import UnsupportedRouterError
+
+
+def attachable(model: nn.Module) -> nn.Module:
+    """
+    Refuse what nothing can be attached to.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, in whatever wrapper.
+
+    Returns:
+        `torch.nn.Module`: The model without the wrappers of Accelerate.
+
+    Raises:
+        `TypeError`: If it is no module.
+        `ValueError`: If it is compiled or already attached.
+        [`UnsupportedRouterError`]: If an adapter prepends tokens of its own.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model is a {type(model).__name__}, expected a torch.nn.Module. Load it first: "
+            f"`AutoModelForCausalLM.from_pretrained(...)`."
+        )
+    unwrapped = _unwrap(model)
+    if any(isinstance(module.__dict__.get("forward"), Patch) for module in unwrapped.modules()):
+        raise ValueError(
+            "the model already has routing replay attached. Use the handle that exists, or call "
+            "`disable_routing_replay(model)` (`remove()` of the handle) first."
+        )
+    if is_compiled(model) or is_compiled(unwrapped):
+        raise ValueError(
+            f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to the model "
+            "before compiling, and do not compile it."
+        )
+    if uses_prompt_learning(model):
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} learns a prompt: its adapter prepends tokens that are in no record. Use another "
+            "kind of adapter (LoRA), or set `use_routing_replay=False`."
+        )
+    return unwrapped
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    from accelerate.utils import extract_model_from_parallel  # imports slowly
+
+    return extract_model_from_parallel(model, keep_torch_compile=True)
