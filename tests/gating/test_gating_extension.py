@@ -75,8 +75,7 @@ assert all(map(torch.equal, got, expected))
 
 @pytest.mark.parametrize("marker", [MARKER.replace(b" 1;", b" 0;"), bytes(len(MARKER))], ids=["another", "none"])
 def test_kernels_of_another_version_are_not_loaded(site, tmp_path, marker):
-    shutil.copytree(site / "trl_r3" / "gating", tmp_path / "trl_r3" / "gating")
-    (tmp_path / "trl_r3" / "__init__.py").write_text("")
+    shutil.copytree(site / "trl_r3", tmp_path / "trl_r3")
     library = tmp_path / "trl_r3" / "gating" / "_C.abi3.so"
     built = library.read_bytes()
     assert built.count(MARKER) == 1
