@@ -10,6 +10,17 @@ from model_zoo import build_tiny
 transformers.logging.set_verbosity_error()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Tell what came of the model types that the installed Transformers has and the page of model types has not."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    found = sorted(text for report in calls for name, text in report.user_properties if name == "model type")
+    if found:
+        terminalreporter.section(f"model types that Transformers {transformers.__version__} adds")
+        for text in found:
+            terminalreporter.write_line(text)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The models are too small for more, and threads that wait for each other are slow on a busy machine."""

@@ -7,6 +7,7 @@ audio; the latter run on text alone as well. build_tiny builds both kinds.
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next_text": {"layer_types": LINEAR_INDEXED, "qk_rope_head_dim": 0, "index_kpool": 4},
     # Attention is off by default, and the Mamba heads must divide twice the hidden size.
     "granitemoehybrid": {"layer_types": LINEAR, "mamba_n_heads": 8, "mamba_d_head": 8},
+    # Rotary sections that fit the head.
+    "hy_v4_vl_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    # Two passes over the last two layers: its checkpoints loop, but by default nothing of so small a model would.
+    "inkling2_loop_text": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 8,
+    },
     # The default divides the logits of so small a model down to nothing.
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
     # A patch with few prime factors, for which the layers are planned without scipy.
@@ -250,23 +261,33 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 _ROUTER = re.compile(r"(^|\.)(gate|router|router_gate)\.")
 _EXPERT_BIAS = re.compile(r"(^|\.)(expert_bias|e_score_correction_bias|experts\.\w*bias)$")
+_CLASS = re.compile(r"^class (\w+)\(", re.MULTILINE)
 _MOE_CLASS = re.compile(r"^class \w*(?:MoE|Moe|MOE|Experts)\w*\(", re.MULTILINE)
 
 
-def _has_experts(model_type: str) -> bool:
+@cache
+def _defined_in() -> dict[str, Path]:
+    """The modeling file of each class, for model types that have none of their own."""
+    files = (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
+    return {name: path for path in files for name in _CLASS.findall(path.read_text(encoding="utf-8"))}
+
+
+def _has_experts(model_type: str, class_name: str) -> bool:
     """Whether the modeling code of ``model_type`` defines experts, without importing it."""
     module = model_type_to_module_name(model_type)
     path = Path(transformers.__file__).parent / "models" / module / f"modeling_{module}.py"
-    return path.exists() and _MOE_CLASS.search(path.read_text()) is not None
+    if not path.exists():  # Sarvam's two are DeepSeek-V3 and GLM-4
+        path = _defined_in()[class_name]
+    return _MOE_CLASS.search(path.read_text(encoding="utf-8")) is not None
 
 
 MOE_MODEL_TYPES: tuple[str, ...] = tuple(
-    t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in UNBUILDABLE and _has_experts(t)
+    t for t, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if t not in UNBUILDABLE and _has_experts(t, name)
 )
 MULTIMODAL_MOE_MODEL_TYPES: tuple[str, ...] = tuple(
     t
-    for t in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    if t not in MOE_MODEL_TYPES and t not in UNBUILDABLE and _has_experts(t)
+    for t, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+    if t not in MOE_MODEL_TYPES and t not in UNBUILDABLE and _has_experts(t, name)
 )
 
 
