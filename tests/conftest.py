@@ -11,12 +11,12 @@ transformers.logging.set_verbosity_error()
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Tell what came of the model types that the installed Transformers has and the page of model types has not."""
+    """Tell what came of the model types that the page of model types does not list for the installed Transformers."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     calls = [report for report in reports if getattr(report, "when", None) == "call"]
     found = sorted(text for report in calls for name, text in report.user_properties if name == "model type")
     if found:
-        terminalreporter.section(f"model types that Transformers {transformers.__version__} adds")
+        terminalreporter.section(f"model types of Transformers {transformers.__version__} that are tried only")
         for text in found:
             terminalreporter.write_line(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -310,11 +311,12 @@ def test_other_ways_that_are_refused(qwen, ids):
 def test_cache_that_holds_the_prompt_is_refused(qwen, ids):
     """Its tokens were fed before anyone recorded."""
     enable_routing_replay(qwen)
+    name = "cache" if "cache" in inspect.signature(qwen.forward).parameters else "past_key_values"
     cache = DynamicCache(config=qwen.config)
     with torch.no_grad():
-        qwen(ids[:, :5], past_key_values=cache)
-    with pytest.raises(RuntimeError, match="past_key_values"):
-        generate(qwen, ids, past_key_values=cache, **WITH_ROUTES)
+        qwen(ids[:, :5], **{name: cache})
+    with pytest.raises(RuntimeError, match=f"fed .* tokens in .* forwards, .* pass no .*`{name}`"):
+        generate(qwen, ids, **{name: cache}, **WITH_ROUTES)
 
 
 def test_model_called_by_somebody_else_is_an_error(qwen, ids):

@@ -112,6 +112,7 @@ def _check_fed(recorded: RecordedRoutes, sequences: Tensor, width: int) -> None:
         raise RuntimeError(
             f"`generate` fed {fed} tokens in {len(recorded.forwards)} forwards, but not the first {num_rows} tokens "
             f"of the sequences one after the other (prompt of {width}): its cache was off or held a part of the "
-            "prompt, or something else called the model meanwhile. Set `use_cache=True`, pass no `past_key_values`, "
-            "disable gradient checkpointing while generating, and use no logits processor that calls the model."
+            "prompt, or something else called the model meanwhile. Set `use_cache=True`, pass no `cache` (before "
+            "Transformers 5.24: `past_key_values`), disable gradient checkpointing while generating, and use no "
+            "logits processor that calls the model."
         )
