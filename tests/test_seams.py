@@ -1,0 +1,471 @@
+"""What the package relies on in TRL, Transformers, PEFT, Accelerate and PyTorch, and where: one line each.
+
+A seam that has moved fails here, with the file of `trl_r3` to look at.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import accelerate
+import accelerate.utils
+import peft
+import pytest
+import torch
+import transformers
+import trl
+from model_zoo import build_tiny
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers.generation.continuous_batching import continuous_api, input_outputs, requests
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+from trl.generation import vllm_client, vllm_generation
+from trl.import_utils import is_vllm_available
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
+
+import trl_r3
+from trl_r3._compat import checkpoint_functions, uses_kernels
+from trl_r3.trainers.construction import _NEEDED
+
+PACKAGE = Path(trl_r3.__file__).parent
+TRAINERS = (trl.GRPOTrainer, GMPOTrainer, trl.RLOOTrainer)
+CONFIGS = (trl.GRPOConfig, GMPOConfig, trl.RLOOConfig)
+CLIENT, GENERATION = vllm_client.VLLMClient, vllm_generation.VLLMGeneration
+PROCESSOR = continuous_api.ContinuousBatchProcessor
+
+
+def takes(function: Callable, *names: str) -> bool:
+    """Whether it has these parameters; `*` ends those that have to come first, in this order."""
+    own = [name for name in inspect.signature(function).parameters if name != "self"]
+    first = names[: names.index("*")] if "*" in names else ()
+    rest = names[len(first) + 1 :] if first else names
+    return own[: len(first)] == list(first) and set(rest) <= set(own)
+
+
+def tree(thing) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+
+
+def sets(owner: type, *names: str) -> bool:
+    """Whether its methods, or those of its parents, assign these attributes of `self`."""
+    stores = {
+        node.attr
+        for each in owner.__mro__[:-1]
+        if each.__module__.split(".")[0] in ("trl", "transformers")
+        for node in ast.walk(tree(each))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    return set(names) <= stores | set(dir(owner))
+
+
+def says(function: Callable, *texts: str) -> bool:
+    """Whether these are string constants of its code: keys of what it returns or reads."""
+    return set(texts) <= {node.value for node in ast.walk(tree(function)) if isinstance(node, ast.Constant)}
+
+
+def returns(function: Callable, *names: str) -> bool:
+    """Whether every `return` of its own gives a tuple that begins with variables of these names."""
+    (definition,) = tree(function).body
+    inner = [node for node in ast.walk(definition) if isinstance(node, ast.FunctionDef) and node is not definition]
+    nested = {id(each) for node in inner for each in ast.walk(node)}
+    found = [node.value for node in ast.walk(definition) if isinstance(node, ast.Return) and id(node) not in nested]
+    tuples = [[getattr(item, "id", None) for item in each.elts] for each in found if isinstance(each, ast.Tuple)]
+    return len(tuples) == len(found) > 0 and all(each[: len(names)] == list(names) for each in tuples)
+
+
+def fields(owner: type, *names: str) -> bool:
+    return set(names) <= {field.name for field in dataclasses.fields(owner)}
+
+
+def checkpointed(by: str) -> bool:
+    """Whether the function that checkpoints is kept where it is replaced, on the module itself."""
+    if by == "checkpoint_fn":
+        modules = [checkpoint_wrapper(torch.nn.Linear(1, 1))]
+    else:
+        model = build_tiny("qwen3_moe").train()
+        assert not checkpoint_functions(model.modules())
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        modules = [layer for layer in model.modules() if type(layer).__name__.endswith("DecoderLayer")]
+    return bool(modules) and [name for _, name, _ in checkpoint_functions(modules)] == [by] * len(modules)
+
+
+def kernels_are_seen() -> bool:
+    model = build_tiny("qwen3_moe")
+    before = uses_kernels(model)
+    model._use_kernels = True
+    return not before and model.use_kernels is True
+
+
+def compiled_calls_are_seen() -> bool:
+    module = torch.nn.Linear(1, 1)
+    before = module._compiled_call_impl
+    module.compile(backend="eager")
+    return before is None and module._compiled_call_impl is not None
+
+
+def imports(module, name: str, source: str) -> bool:
+    """Whether a module takes a name from another one, be that installed or not."""
+    nodes = [node for node in ast.walk(tree(module)) if isinstance(node, ast.ImportFrom)]
+    return any(node.module == source and name in [alias.name for alias in node.names] for node in nodes)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """What has to be there, and the file that relies on it."""
+
+    file: str
+    what: str
+    is_there: Callable[[], bool]
+
+
+GENERATE = transformers.GenerationMixin.generate
+SCORES = "_get_per_token_logps_and_entropies"
+SCORE_BEGINS = ("model", "input_ids", "attention_mask", "logits_to_keep", "*", "batch_size")
+DECODING = "num_beams prompt_lookup_num_tokens assistant_early_exit use_mtp guidance_scale use_cache pad_token_id"
+DECODING += " cache_implementation disable_compile eos_token_id stop_strings max_time return_dict_in_generate"
+BATCHING = "allow_block_sharing use_async_batching use_cuda_graph varlen_compile_config decode_compile_config"
+BATCHING += " default_compile_level"
+STATE = "use_vllm use_transformers_continuous_batching continuous_batching_config generation_config temperature top_p"
+STATE += (
+    " top_k min_p pad_to_multiple_of model model_wrapped accelerator ref_model vllm_mode vllm_generation state args"
+)
+SETTINGS = "torch_compile model_init_kwargs gradient_accumulation_steps steps_per_generation num_iterations use_vllm"
+SETTINGS += " vllm_mode vllm_tensor_parallel_size gradient_checkpointing_kwargs per_device_train_batch_size"
+SETTINGS += " generation_kwargs"
+BATCH = "prompt_ids prompt_mask completion_ids completion_mask"
+
+SEAMS = [
+    *(
+        Seam(
+            "trainers/guarded_steps.py" if name == "training_step" else "trainers/mixin.py",
+            f"{trainer.__name__}.{name}",
+            lambda t=trainer, n=name: hasattr(t, n),
+        )
+        for trainer in TRAINERS
+        for name in (*_NEEDED, "train")
+    ),
+    *(
+        seam
+        for trainer in TRAINERS
+        for seam in (
+            Seam(
+                "trainers/mixin.py",
+                f"{trainer.__name__}.{SCORES}({', '.join(SCORE_BEGINS)})",
+                lambda t=trainer: takes(getattr(t, SCORES), *SCORE_BEGINS),
+            ),
+            Seam(
+                "trainers/mixin.py",
+                f"{trainer.__name__}._generate_single_turn(prompt_ids, images, multimodal_fields)",
+                lambda t=trainer: takes(t._generate_single_turn, "prompt_ids", "images", "multimodal_fields", "*"),
+            ),
+            Seam(
+                "trainers/mixin.py",
+                f"{trainer.__name__}._generate returns prompt_ids, completion_ids first",
+                lambda t=trainer: returns(t._generate, "prompt_ids", "completion_ids"),
+            ),
+            Seam(
+                "trainers/construction.py",
+                f"{trainer.__name__}._compute_loss(model, inputs)",
+                lambda t=trainer: takes(t._compute_loss, "model", "inputs", "*"),
+            ),
+            Seam(
+                "trainers/log.py",
+                f"{trainer.__name__}.log(logs, start_time)",
+                lambda t=trainer: takes(t.log, "logs", "start_time", "*"),
+            ),
+            Seam(
+                "trainers/log.py",
+                f"{trainer.__name__}._paper, _name and _tag_names",
+                lambda t=trainer: all(hasattr(t, name) for name in ("_paper", "_name", "_tag_names")),
+            ),
+            Seam(
+                "engines/capture.py",
+                f"{trainer.__name__} sets {STATE}",
+                lambda t=trainer: sets(t, *STATE.split()),
+            ),
+            Seam(
+                "trainers/rollout.py",
+                f"{trainer.__name__} scores a batch of {BATCH}",
+                lambda t=trainer: says(t._generate_and_score_completions, *BATCH.split()),
+            ),
+        )
+    ),
+    *(
+        Seam("trainers/config.py", f"{config.__name__} has {SETTINGS}", lambda c=config: fields(c, *SETTINGS.split()))
+        for config in CONFIGS
+    ),
+    Seam(
+        "trainers/config.py",
+        "GRPOConfig.vllm_importance_sampling_correction",
+        lambda: fields(trl.GRPOConfig, "vllm_importance_sampling_correction"),
+    ),
+    Seam(
+        "trainers/config.py",
+        "GRPOTrainer skips the old-policy forward by gradient_accumulation_steps % generate_every",
+        lambda: "generate_every" in inspect.getsource(trl.GRPOTrainer._generate_and_score_completions),
+    ),
+    Seam(
+        "_compat.py",
+        "GRPOTrainer._generate returns extra_fields sixth",
+        lambda: returns(
+            trl.GRPOTrainer._generate,
+            "prompt_ids",
+            "completion_ids",
+            "tool_mask",
+            "completions",
+            "logprobs",
+            "extra_fields",
+        ),
+    ),
+    Seam("trainers/mixin.py", "GRPOTrainer sets rollout_func", lambda: sets(trl.GRPOTrainer, "rollout_func")),
+    Seam(
+        "trainers/mixin.py",
+        "GRPOTrainer._generate_single_turn returns completion_ids, logprobs",
+        lambda: returns(trl.GRPOTrainer._generate_single_turn, "completion_ids", "logprobs"),
+    ),
+    Seam(
+        "trainers/log.py",
+        "GRPOTrainer scores a batch with tool_mask and sampling_per_token_logps",
+        lambda: says(trl.GRPOTrainer._generate_and_score_completions, "tool_mask", "sampling_per_token_logps"),
+    ),
+    Seam(
+        "trainers/rollout.py",
+        "GRPOTrainer scores a batch with old_per_token_logps",
+        lambda: says(trl.GRPOTrainer._generate_and_score_completions, "old_per_token_logps"),
+    ),
+    Seam(
+        "trainers/rollout.py",
+        "RLOOTrainer scores a batch with old_logps",
+        lambda: says(trl.RLOOTrainer._generate_and_score_completions, "old_logps"),
+    ),
+    Seam(
+        "trainers/log.py",
+        "trl.models.utils.disable_gradient_checkpointing(model, gradient_checkpointing_kwargs)",
+        lambda: takes(disable_gradient_checkpointing, "model", "gradient_checkpointing_kwargs", "*"),
+    ),
+    Seam(
+        "trainers/log.py",
+        "trl.trainer.utils.pad(tensors, padding_value, padding_side, pad_to_multiple_of)",
+        lambda: takes(pad, "tensors", "*", "padding_value", "padding_side", "pad_to_multiple_of"),
+    ),
+    Seam(
+        "engines/vllm_engine.py",
+        "trl.generation.vllm_generation takes VLLMClient by name",
+        lambda: vllm_generation.VLLMClient is CLIENT and " VLLMClient(" in inspect.getsource(GENERATION),
+    ),
+    Seam(
+        "engines/vllm_engine.py",
+        "trl.generation.vllm_generation takes LLM by name, from vllm",
+        lambda: imports(vllm_generation, "LLM", "vllm") and " LLM(" in inspect.getsource(GENERATION),
+    ),
+    Seam(
+        "engines/capture.py",
+        "VLLMGeneration sets llm, vllm_client, tensor_parallel_size and tp_group",
+        lambda: sets(GENERATION, "llm", "vllm_client", "tensor_parallel_size", "tp_group"),
+    ),
+    Seam(
+        "engines/vllm_engine.py",
+        "VLLMClient._get(url), ._post(url), .get_server_info(), .generate(prompts, features)",
+        lambda: (
+            takes(CLIENT._get, "url", "*")
+            and takes(CLIENT._post, "url", "*")
+            and takes(CLIENT.get_server_info)
+            and takes(CLIENT.generate, "prompts", "*", "features")
+        ),
+    ),
+    Seam(
+        "engines/vllm_engine.py",
+        "VLLMClient sets base_url and model, and asks through _post",
+        lambda: sets(CLIENT, "base_url", "model") and "_post" in CLIENT.generate.__code__.co_names,
+    ),
+    Seam(
+        "engines/vllm_engine.py",
+        "trl.import_utils.is_vllm_available",
+        lambda: takes(is_vllm_available),
+    ),
+    Seam(
+        "_compat.py",
+        "Transformers keeps _gradient_checkpointing_func on each decoder layer",
+        lambda: checkpointed("_gradient_checkpointing_func"),
+    ),
+    Seam("_compat.py", "torch.distributed keeps checkpoint_fn", lambda: checkpointed("checkpoint_fn")),
+    Seam("_compat.py", "PreTrainedModel._use_kernels", kernels_are_seen),
+    Seam("_compat.py", "torch.nn.Module._compiled_call_impl", compiled_calls_are_seen),
+    Seam("_compat.py", "torch._dynamo.OptimizedModule", lambda: isinstance(torch._dynamo.OptimizedModule, type)),
+    Seam("_compat.py", "torch._C._current_graph_task_id", lambda: torch._C._current_graph_task_id() == -1),
+    Seam(
+        "gating/native.py",
+        "torch._C._dispatch_has_kernel_for_dispatch_key",
+        lambda: torch._C._dispatch_has_kernel_for_dispatch_key("aten::topk", "CPU"),
+    ),
+    Seam(
+        "routers/gated.py",
+        "torch.nn.modules.dropout._DropoutNd",
+        lambda: issubclass(torch.nn.Dropout, torch.nn.modules.dropout._DropoutNd),
+    ),
+    Seam(
+        "cli/check.py",
+        "AutoModelForCausalLM._model_mapping",
+        lambda: transformers.Qwen3MoeConfig in transformers.AutoModelForCausalLM._model_mapping,
+    ),
+    Seam(
+        "_compat.py",
+        "PeftModel.active_adapters, .peft_config[...].is_prompt_learning, BaseTunerLayer.disable_adapters",
+        lambda: (
+            hasattr(peft.PeftModel, "active_adapters")
+            and hasattr(peft.LoraConfig, "is_prompt_learning")
+            and hasattr(BaseTunerLayer, "disable_adapters")
+        ),
+    ),
+    Seam(
+        "routers/attachable.py",
+        "accelerate.utils.extract_model_from_parallel(model, keep_torch_compile)",
+        lambda: takes(accelerate.utils.extract_model_from_parallel, "model", "*", "keep_torch_compile"),
+    ),
+    Seam(
+        "trainers/together.py",
+        "accelerate.utils.gather_object",
+        lambda: takes(accelerate.utils.gather_object, "object"),
+    ),
+    Seam(
+        "trainers/log.py",
+        "Accelerator.reduce(tensor, reduction)",
+        lambda: takes(accelerate.Accelerator.reduce, "tensor", "*", "reduction"),
+    ),
+    Seam(
+        "engines/generate_settings.py",
+        f"GenerationConfig has {DECODING}",
+        lambda: set(DECODING.split()) <= set(vars(transformers.GenerationConfig())),
+    ),
+    Seam(
+        "engines/generate_settings.py",
+        "generate(inputs, generation_config, stopping_criteria, assistant_model, custom_generate)",
+        lambda: takes(
+            GENERATE, "inputs", "generation_config", "*", "stopping_criteria", "assistant_model", "custom_generate"
+        ),
+    ),
+    Seam(
+        "engines/continuous_batching.py",
+        "ContinuousBatchProcessor._generation_step(model)",
+        lambda: takes(PROCESSOR._generation_step, "model", "*"),
+    ),
+    Seam(
+        "engines/continuous_batching.py",
+        "ContinuousBatchProcessor.inputs_and_outputs.requests_in_batch and .output_ids",
+        lambda: (
+            sets(PROCESSOR, "inputs_and_outputs")
+            and sets(input_outputs.ContinuousBatchingIOs, "requests_in_batch", "output_ids")
+        ),
+    ),
+    Seam(
+        "engines/continuous_batching.py",
+        "FutureRequestState.state, .query_length and .has_new_token",
+        lambda: sets(requests.FutureRequestState, "state", "query_length", "has_new_token"),
+    ),
+    Seam(
+        "engines/continuous_batching.py",
+        "RequestState.request_id and .position_offset",
+        lambda: fields(requests.RequestState, "request_id", "position_offset"),
+    ),
+    Seam(
+        "engines/continuous_batching.py",
+        "GenerationOutput.prompt_ids, .generated_tokens and .error",
+        lambda: fields(requests.GenerationOutput, "prompt_ids", "generated_tokens", "error"),
+    ),
+    Seam(
+        "engines/continuous_batching.py",
+        "a step of continuous batching passes logits_indices",
+        lambda: "logits_indices" in inspect.getsource(input_outputs.ContinuousBatchingIOs.get_model_kwargs),
+    ),
+    Seam(
+        "engines/continuous_batching.py",
+        f"ContinuousBatchingConfig has {BATCHING}",
+        lambda: fields(transformers.ContinuousBatchingConfig, *BATCHING.split()),
+    ),
+    Seam(
+        "engines/capture.py",
+        "generate_batch(inputs)",
+        lambda: takes(transformers.GenerationMixin.generate_batch, "inputs", "*"),
+    ),
+]
+
+INSTALLED = ", ".join(
+    f"{name} {metadata.version(name)}" for name in ("trl", "transformers", "peft", "accelerate", "torch")
+)
+
+
+def check(seam: Seam) -> None:
+    try:
+        reason = "is not there" if not seam.is_there() else None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"cannot be looked at ({type(error).__name__}: {error})"
+    assert reason is None, f"{seam.what} {reason} in {INSTALLED}. Look at trl_r3/{seam.file}, which relies on it."
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.what[:80])
+def test_seam(seam):
+    check(seam)
+
+
+def test_a_seam_that_moved_names_the_file():
+    gone = [
+        lambda: hasattr(trl.GRPOTrainer, "_generate_twice"),
+        lambda: takes(trl.GRPOTrainer._compute_loss, "inputs", "model", "*"),
+        lambda: takes(trl.GRPOTrainer._compute_loss, "batch"),
+        lambda: returns(trl.GRPOTrainer._generate, "completion_ids", "prompt_ids"),
+        lambda: returns(trl.RLOOTrainer._generate, "prompt_ids", "completion_ids", "tool_mask"),
+        lambda: returns(trl.RLOOTrainer._generate_single_turn, "completion_ids"),
+        lambda: sets(trl.RLOOTrainer, "rollout_func"),
+        lambda: says(trl.RLOOTrainer._generate_and_score_completions, "tool_mask"),
+        lambda: fields(trl.RLOOConfig, "vllm_importance_sampling_correction"),
+        lambda: imports(vllm_generation, "LLM", "sglang"),
+        lambda: transformers.PreTrainedModel._no_such_thing(),
+    ]
+    for is_there in gone:
+        with pytest.raises(AssertionError, match=r"this .* in trl .* Look at trl_r3/gating/ops\.py"):
+            check(Seam("gating/ops.py", "this", is_there))
+
+
+def private_names() -> dict[str, str]:
+    """Private names that the package uses and does not define, and a file of each."""
+    defined, used = set(), {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="ascii"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+            elif isinstance(node, ast.Attribute):
+                used[node.attr] = str(path.relative_to(PACKAGE))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                used[node.value] = str(path.relative_to(PACKAGE))
+    private = {name: file for name, file in used.items() if name.startswith("_") and name[1:2].isalpha()}
+    return {name: file for name, file in private.items() if name.isidentifier() and name not in defined}
+
+
+def test_every_private_name_is_a_seam():
+    named = " ".join(seam.what for seam in SEAMS)
+    names = private_names()
+    assert {"_generation_step", "_gradient_checkpointing_func", "_use_kernels", "_model_mapping"} <= set(names)
+    assert {name: file for name, file in names.items() if name not in named} == {}
+
+
+def test_files_use_what_they_rely_on():
+    """The table names files that exist, and each of them mentions what it is said to rely on."""
+    owners = {trainer.__name__ for trainer in TRAINERS} | {config.__name__ for config in CONFIGS}
+    for seam in SEAMS:
+        text = (PACKAGE / seam.file).read_text(encoding="ascii")
+        words = set(re.findall(r"\w{4,}", seam.what)) - owners
+        assert words & set(re.findall(r"\w+", text)), seam
