@@ -184,7 +184,9 @@ class Watching(GRPOTrainer):
         self._open: Pass | None = None
         self._inside = None
         super().__init__(*args, **kwargs)
-        self.pristine = copy.deepcopy(self.model)
+        # PEFT before 0.21 has a buffer that is a result, which `deepcopy` refuses
+        results = {id(each): each.detach().clone() for each in self.model.buffers() if not each.is_leaf}
+        self.pristine = copy.deepcopy(self.model, results)
         for module in self.pristine.modules():
             vars(module).pop("forward", None)  # TRL's scoring head, bound to the other model
         watched = [self.model] + ([self.ref_model] if self.ref_model is not None else [])

@@ -40,7 +40,7 @@ SETTINGS = {
     "greedy": {"generation_kwargs": {"do_sample": False, "suppress_tokens": [PAD]}},
     "static cache": {"generation_kwargs": {"cache_implementation": "static", "suppress_tokens": [PAD]}},
     "chunked prefill": {"generation_kwargs": {"prefill_chunk_size": 2, "suppress_tokens": [PAD]}},
-    "padding is sampled": {"generation_kwargs": {"sequence_bias": [[[PAD], 4.0]]}},
+    "padding is sampled": {"generation_kwargs": {"sequence_bias": {(PAD,): 4.0}}},
     "ends at once": {"generation_kwargs": {"sequence_bias": [[[EOS], 30.0]], "suppress_tokens": [PAD]}},
     "no shuffling": {"shuffle_dataset": False},
 }
