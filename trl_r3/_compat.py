@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def checkpoint_functions(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, 
     """
     names = ("_gradient_checkpointing_func", "checkpoint_fn")
     return [(m, name, m.__dict__[name]) for m in modules for name in names if name in m.__dict__]
+
+
+def without_checkpointing() -> dict[str, bool]:
+    """
+    The argument of a trainer's config that switches activation checkpointing off. Goes when no Transformers is
+    supported that only knows it as `gradient_checkpointing`.
+    """
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": False}
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
+from ..._compat import without_checkpointing
 from ...trainers.grpo import R3GRPOConfig
 from .model import CONFIGS, Sum, accuracy, build_tokenizer, make_sums, warm_up
 from .settings import DemoSettings
@@ -159,7 +160,6 @@ def _config(folder: str, settings: DemoSettings, use_replay: bool) -> R3GRPOConf
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=settings.grpo_steps // 20,
-        activation_checkpointing=False,
         bf16=False,
         use_cpu=True,
         seed=settings.seed,
@@ -167,6 +167,7 @@ def _config(folder: str, settings: DemoSettings, use_replay: bool) -> R3GRPOConf
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **without_checkpointing(),
     )
 
 
