@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import accelerate
+import accelerate.inference
 import accelerate.utils
 import peft
 import pytest
@@ -25,6 +26,7 @@ import trl
 from model_zoo import build_tiny
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers.distributed import DistributedConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs, requests
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.generation import vllm_client, vllm_generation
@@ -111,6 +113,14 @@ def compiled_calls_are_seen() -> bool:
     before = module._compiled_call_impl
     module.compile(backend="eager")
     return before is None and module._compiled_call_impl is not None
+
+
+def offloading_is_seen() -> bool:
+    """Whether Accelerate says on a module where it runs, and runs it by a forward or hooks of its own."""
+    (embedding,) = model = torch.nn.Sequential(torch.nn.Embedding(2, 2))
+    accelerate.cpu_offload(model)
+    fetched = "forward" in vars(embedding) or bool(embedding._forward_pre_hooks)
+    return embedding.weight.is_meta and fetched and embedding._hf_hook.execution_device is not None
 
 
 def imports(module, name: str, source: str) -> bool:
@@ -301,6 +311,20 @@ SEAMS = [
     Seam("_compat.py", "torch.distributed keeps checkpoint_fn", lambda: checkpointed("checkpoint_fn")),
     Seam("_compat.py", "PreTrainedModel._use_kernels", kernels_are_seen),
     Seam("_compat.py", "torch.nn.Module._compiled_call_impl", compiled_calls_are_seen),
+    Seam("_compat.py", "accelerate.cpu_offload sets _hf_hook.execution_device", offloading_is_seen),
+    Seam(
+        "_compat.py",
+        "transformers.distributed.DistributedConfig has pp_size, accelerate.prepare_pippy sets hf_split_points",
+        lambda: (
+            fields(DistributedConfig, "pp_size")
+            and "hf_split_points" in inspect.getsource(accelerate.inference.prepare_pippy)
+        ),
+    ),
+    Seam(
+        "routers/probe.py",
+        "torch.nn.Module._forward_pre_hooks holds the hooks that fetch weights",
+        lambda: torch.nn.Linear(1, 1)._forward_pre_hooks == {},
+    ),
     Seam("_compat.py", "torch._dynamo.OptimizedModule", lambda: isinstance(torch._dynamo.OptimizedModule, type)),
     Seam("_compat.py", "torch._C._current_graph_task_id", lambda: torch._C._current_graph_task_id() == -1),
     Seam(

@@ -30,7 +30,7 @@ def checkpoint_functions(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, 
     return [(m, name, m.__dict__[name]) for m in modules for name in names if name in m.__dict__]
 
 
-def without_checkpointing() -> dict[str, bool]:
+def without_checkpointing() -> dict[str, Any]:
     """
     The argument of a trainer's config that switches activation checkpointing off. Goes when no Transformers is
     supported that only knows it as `gradient_checkpointing`.
@@ -39,6 +39,25 @@ def without_checkpointing() -> dict[str, bool]:
 
     known = {field.name for field in fields(TrainingArguments)}
     return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": False}
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """
+    The device on which a hook of Accelerate runs a module whose weights are offloaded. Goes when Accelerate has a
+    public way to ask.
+    """
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
+def pipeline_size(model: nn.Module) -> int:
+    """
+    Over how many processes the decoder layers are spread: by Transformers, or by Accelerate's `prepare_pippy`, which
+    says no number. Goes when both tell it the same way.
+    """
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    stages = getattr(model, "hf_split_points", None)
+    return len(stages) + 1 if isinstance(stages, list) else getattr(distributed, "pp_size", None) or 1
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .._compat import is_compiled, uses_prompt_learning
+from .._compat import is_compiled, pipeline_size, uses_prompt_learning
 from .patches import Patch
 from .self_check import UnsupportedRouterError
 
@@ -23,7 +23,7 @@ def attachable(model: nn.Module) -> nn.Module:
     Raises:
         `TypeError`: If it is no module.
         `ValueError`: If it is compiled or already attached.
-        [`UnsupportedRouterError`]: If an adapter prepends tokens of its own.
+        [`UnsupportedRouterError`]: If an adapter prepends tokens of its own, or the model is split into stages.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -40,6 +40,12 @@ def attachable(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to the model "
             "before compiling, and do not compile it."
+        )
+    if pipeline_size(unwrapped) > 1:
+        raise UnsupportedRouterError(
+            f"{type(unwrapped).__name__} is split into {pipeline_size(unwrapped)} stages by pipeline parallelism: "
+            "each process has a part of the routers, and a record has all of them. Shard it with FSDP2, ZeRO or "
+            "tensor parallelism (`pp_size=1`)."
         )
     if uses_prompt_learning(model):
         raise UnsupportedRouterError(

@@ -86,13 +86,18 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
 def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Router]:
     """Run a second forward in which each router is checked, and given its op."""
     checked: dict[int, Router] = {}
+    errors: list[Exception] = []
 
     def check(index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        router = replace(routers[index], rebound=rebound_forward(routers[index], forward, args, kwargs))
-        check_router(router, forward, args, kwargs)
-        previous = checked.get(index - 1)
-        likely = previous.formula if isinstance(previous, GatedRouter) else None
-        checked[index] = _gated(router, gating, likely, forward, args, kwargs)
+        try:
+            router = replace(routers[index], rebound=rebound_forward(routers[index], forward, args, kwargs))
+            check_router(router, forward, args, kwargs)
+            previous = checked.get(index - 1)
+            likely = previous.formula if isinstance(previous, GatedRouter) else None
+            checked[index] = _gated(router, gating, likely, forward, args, kwargs)
+        except Exception as error:  # noqa: BLE001
+            # raised when the forward is over: with sharded weights, other processes go on to meet this one in it
+            errors.append(error)
         return forward(*args, **kwargs)
 
     patches = [Patch(router.module, check, index) for index, router in enumerate(routers)]
@@ -102,6 +107,8 @@ def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Route
     finally:
         for patch in patches:
             patch.remove()
+    if errors:
+        raise errors[0]
     for index, router in enumerate(routers):
         if index not in checked:
             raise refusal(router, "a second forward of the same tokens did not run it")

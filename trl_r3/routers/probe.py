@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from .._compat import execution_device
 from .interception import TopKWatch
 from .self_check import UnsupportedRouterError, evaluating
 
@@ -87,16 +88,17 @@ def probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor]
 
 def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None) -> None:
     """Score a few tokens."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    weight = next(embedding.parameters())  # an adapter's wrapper has no `weight`
-    if weight.is_meta or weight.numel() == 0:
+    embedding = _embedding(model)
+    device = input_device(model)
+    if device is None:
+        weight = next(embedding.parameters(recurse=False))
         raise UnsupportedRouterError(
             f"the weights of {type(model).__name__} are not on this process (device {weight.device}, "
-            f"{weight.numel()} elements of the embedding), so its routers cannot be checked. Attach after they are "
-            "loaded."
+            f"{weight.numel()} elements of the embedding) and no hook fetches them, so its routers cannot be checked. "
+            "Attach after they are loaded; where they are sharded, after `accelerator.prepare`."
         )
     vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-    ids = (torch.arange(_PROBE_BATCH * _PROBE_TOKENS, device=weight.device) * 7 + 3) % vocab
+    ids = (torch.arange(_PROBE_BATCH * _PROBE_TOKENS, device=device) * 7 + 3) % vocab
     ids = ids.reshape(_PROBE_BATCH, _PROBE_TOKENS)
     handle = None
     if embed is not None:
@@ -106,6 +108,28 @@ def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None)
     finally:
         if handle is not None:
             handle.remove()
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """
+    Where token ids have to be, or `None` where a forward would find no weights.
+
+    Weights that are on the meta device or empty may be fetched when they are needed: by hooks (ZeRO-3) or by a forward
+    that was put in place of the module's own (offloading).
+    """
+    embedding = _embedding(model)
+    weight = next(embedding.parameters(recurse=False))
+    if not weight.is_meta and weight.numel() > 0:
+        return weight.device
+    if not embedding._forward_pre_hooks and "forward" not in vars(embedding):
+        return None
+    return execution_device(embedding) or (torch.device("cpu") if weight.is_meta else weight.device)
+
+
+def _embedding(model: nn.Module) -> nn.Module:
+    """The module that holds the weight of the embedding: that of an adapter only wraps it."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return next(module for module in embedding.modules() if next(module.parameters(recurse=False), None) is not None)
 
 
 def noise_like(hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ _NEEDED = (
     "_generate",
     "_generate_and_score_completions",
     "_compute_loss",
+    "_prepare_for_training",
     "_get_per_token_logps_and_entropies",
     "training_step",
     "prediction_step",

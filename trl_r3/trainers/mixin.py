@@ -19,6 +19,7 @@ from ..engines.turns import RolloutRecord, Turn, stitch
 from ..engines.vllm_engine import capturing_vllm
 from ..records.samples import ScoredBatch
 from ..records.storage import slice_samples
+from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
 from .alarm import Alarm
 from .construction import check_parent, check_setup
@@ -56,26 +57,35 @@ class RoutingReplayMixin(GuardedStepsMixin):
                 recordable_config(self.continuous_batching_config)
             elif not self.use_vllm:
                 check_decoding(self.model, {"generation_config": self.generation_config})
-            with self._attached():  # unsupported models fail now, not at the first step
-                pass
+            try:  # unsupported models fail now, not at the first step; ZeRO-3 and FSDP may load weights later
+                self._attach(only_with_weights=True)
+            finally:
+                self._detach()
 
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
+    def _attach(self, only_with_weights: bool = False) -> None:
+        self._detach()
+        model = self.accelerator.unwrap_model(self.model)
         error = None
         try:
-            model = self.accelerator.unwrap_model(self.model)
-            self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
+            if not only_with_weights or input_device(model) is not None:
+                self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
         except (RuntimeError, ValueError) as refusal:
             error = refusal
         raise_together(self.accelerator, error)
-        assert self._attached_replay is not None  # or its error was raised
-        layout, action = self._attached_replay.layout, self.args.routing_replay_alarm
-        self._alarm = Alarm(layout, action, judges=self._has_foreign_records)
-        try:
-            yield
-        finally:
+
+    def _detach(self) -> None:
+        if self._attached_replay is not None:
             self._attached_replay.remove()
-            self._attached_replay = self._alarm = None
+        self._attached_replay = self._alarm = None
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """Of Transformers, when weights are sharded and kernels replaced: here the routers are as they will train."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._use_replay:
+            self._attach()
+            layout, action = self.routing_replay.layout, self.args.routing_replay_alarm
+            self._alarm = Alarm(layout, action, judges=self._has_foreign_records)
+        return prepared
 
     @property
     def routing_replay(self) -> RouterReplay:
@@ -90,12 +100,12 @@ class RoutingReplayMixin(GuardedStepsMixin):
         return foreign and self.args.routing_replay_mode == "R3"
 
     def train(self, *args, **kwargs):
-        """`train` of TRL. The model is attached while it runs, and given back as it was."""
-        if not self._use_replay:
-            return super().train(*args, **kwargs)
+        """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
         self._last_compared, self._rollout = None, None
-        with self._attached():
+        try:
             return super().train(*args, **kwargs)
+        finally:
+            self._detach()
 
     def prediction_step(self, *args, **kwargs):
         """`prediction_step` of TRL: evaluation routes live."""
