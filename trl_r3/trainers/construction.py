@@ -77,7 +77,10 @@ def check_setup(config: Any, model: Any) -> None:
 def _without_weights(name: str, config: Any) -> nn.Module | None:
     """The modules of a checkpoint, or `None` where they cannot be built from its config alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
+    if is_deepspeed_zero3_enabled():  # whatever is built is sharded at once
+        return None
     settings = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     trusted = {key: settings[key] for key in ("trust_remote_code", "revision") if key in settings}
     try:

@@ -19,6 +19,7 @@ from ..engines.turns import RolloutRecord, Turn, stitch
 from ..engines.vllm_engine import capturing_vllm
 from ..records.samples import ScoredBatch
 from ..records.storage import slice_samples
+from ..routers.discovery import refuse_dense
 from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
 from .alarm import Alarm
@@ -67,6 +68,7 @@ class RoutingReplayMixin(GuardedStepsMixin):
         model = self.accelerator.unwrap_model(self.model)
         error = None
         try:
+            refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
                 self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
         except (RuntimeError, ValueError) as refusal:

@@ -1,0 +1,199 @@
+"""A training script as users write it, for `accelerate launch`, whose updates are watched from outside.
+
+Prompts, completions and routes are told by arithmetic, so that any number of processes makes the same global batch;
+the routes are nobody's, so that live routing cannot pass for replay. With `--rollouts own` the policy generates and is
+recorded.
+
+Legend: B batch, T tokens of a padded sequence, N = B * T, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
+from engines.fake_vllm import completion_of, routes_of
+from engines.tiny_chat import make_tokenizer
+from peft import LoraConfig
+
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+
+MOE_LAYERS = [0, 2, 3]
+GENERATIONS = 2
+
+
+def play(prompts: list[str], trainer) -> dict[str, list]:
+    prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    completion_ids = [completion_of(ids, index % GENERATIONS) for index, ids in enumerate(prompt_ids)]
+    routes = [
+        torch.from_numpy(routes_of([*prompt, *completion])).long()
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+    ]
+    logprobs = [[-1.0] * len(ids) for ids in completion_ids]
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "logprobs": logprobs,
+        "routed_experts": routes,
+    }
+
+
+def reward(completion_ids, **kwargs) -> list[float]:
+    return [float(sum(ids) % 7 + len(ids)) for ids in completion_ids]
+
+
+class Watched(R3GRPOTrainer):
+    """Compares the ids that reach the experts in each pass of an update, recomputes included, with their record."""
+
+    def __init__(self, *args, own_rollouts: bool = False, **kwargs):
+        self.own_rollouts, self.fed = own_rollouts, {}  # rows of own rollouts, by tokens
+        self.batch = None
+        self.wrong, self.compared, self.calls = 0, 0, 0
+        super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self):
+        state = PartialState()
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type is DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU  # Accelerate reads settings of FSDP beside GPUs only
+        super().create_accelerator_and_postprocess()
+
+    def _note(self, layer: int, ids_NK: torch.Tensor) -> None:
+        if self.batch is None:
+            return
+        self.calls += 1
+        input_ids, mask = self.batch
+        for tokens, real, executed in zip(input_ids, mask.bool(), ids_NK.unflatten(0, input_ids.shape), strict=True):
+            sequence = tuple(tokens[real].tolist())
+            expected = self._expected(sequence)[:, MOE_LAYERS.index(layer)]
+            got = executed[real][:-1].sort(-1).values
+            self.wrong += int((got != expected.sort(-1).values).any(-1).sum())
+            self.compared += len(got)
+
+    def _expected(self, sequence: tuple[int, ...]) -> torch.Tensor:
+        if not self.own_rollouts:
+            return torch.from_numpy(routes_of(list(sequence))[:, MOE_LAYERS]).long()
+        record = next(s.record for s in self._rollout.samples if tuple(s.tokens.tolist()) == sequence)
+        return record.long()
+
+    def training_step(self, *args, **kwargs):
+        experts = [
+            (int(re.search(r"\.(\d+)\.", name)[1]), module)
+            for name, module in self.accelerator.unwrap_model(self.model).named_modules()
+            if name.endswith(".experts")
+        ]
+        assert [layer for layer, _ in experts] == MOE_LAYERS
+        handles = [
+            module.register_forward_pre_hook(
+                lambda module, args, layer=layer: self._note(
+                    layer, next(a for a in args if torch.is_tensor(a) and not a.is_floating_point()).detach().clone()
+                ),
+                prepend=True,
+            )
+            for layer, module in experts
+        ]
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self.batch = None
+            for handle in handles:
+                handle.remove()
+
+    def _generate(self, *args, **kwargs):
+        self.batch = None
+        return super()._generate(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
+        self.batch = input_ids.clone(), attention_mask.clone()  # until the backward of this pass is over
+        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--rollouts", choices=["told", "own"], default="told")
+    parser.add_argument("--gating", default="intercept")
+    parser.add_argument("--checkpointing", choices=["none", "reentrant", "non-reentrant"], default="none")
+    parser.add_argument("--twice", action="store_true")
+    parser.add_argument("--resume", type=Path)
+    return parser.parse_args()
+
+
+def make_trainer(options: argparse.Namespace) -> Watched:
+    own = options.rollouts == "own"
+    return Watched(
+        model=str(options.folder / "model"),
+        args=R3GRPOConfig(
+            str(options.folder / options.name),
+            use_routing_replay=True,
+            routing_replay_alarm="error" if own else "off",  # nobody's routes fit no tokens
+            routing_replay_gating=options.gating,
+            use_cpu=True,
+            bf16=False,
+            optim="sgd",
+            learning_rate=0.5,
+            lr_scheduler_type="constant",
+            router_aux_loss_coef=0.0,  # one over a global batch is not the mean of those of its parts
+            model_init_kwargs={"dtype": "float32"},
+            gradient_checkpointing=options.checkpointing != "none",
+            gradient_checkpointing_kwargs={"use_reentrant": options.checkpointing == "reentrant"},
+            per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=1,
+            steps_per_generation=1,
+            num_generations=GENERATIONS,
+            num_iterations=2,
+            max_completion_length=12,
+            max_steps=4,
+            shuffle_dataset=False,
+            logging_steps=1,
+            save_strategy="steps" if options.name == "straight" else "no",
+            save_steps=3,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        reward_funcs=reward,
+        train_dataset=Dataset.from_dict({"prompt": [f"t{30 + i}" + f" t{50 + i}" * (i % 3) for i in range(16)]}),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        if options.lora
+        else None,
+        rollout_func=None if own else play,
+        own_rollouts=own,
+    )
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    trainer = make_trainer(options)
+    trainer.train(resume_from_checkpoint=None if options.resume is None else str(options.resume))
+    if options.twice:
+        trainer.train()
+    rank = trainer.accelerator.process_index
+    report = {
+        "processes": trainer.accelerator.num_processes,
+        "kind": trainer.accelerator.distributed_type.value,
+        "wrong": trainer.wrong,
+        "compared": trainer.compared,
+        "calls": trainer.calls,
+        "log": [log for log in trainer.state.log_history if "loss" in log],
+    }
+    (options.folder / f"{options.name}-rank{rank}.json").write_text(json.dumps(report))
+    trainer.save_model(str(options.folder / options.name / "trained"))
+
+
+if __name__ == "__main__":
+    main()
