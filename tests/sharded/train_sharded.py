@@ -26,7 +26,8 @@ from engines.fake_vllm import completion_of, routes_of
 from engines.tiny_chat import make_tokenizer
 from peft import LoraConfig
 
-from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer, UnsupportedRouterError
+from trl_r3.routers import discovery
 
 MOE_LAYERS = [0, 2, 3]
 GENERATIONS = 2
@@ -127,14 +128,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gating", default="intercept")
     parser.add_argument("--checkpointing", choices=["none", "reentrant", "non-reentrant"], default="none")
     parser.add_argument("--twice", action="store_true")
+    parser.add_argument("--save-steps", type=int, default=0)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--fails-on", type=int, help="Rank whose check of a router fails.")
+    parser.add_argument("--dense", action="store_true")
     return parser.parse_args()
+
+
+def fail_on(rank: int) -> None:
+    """Let the check of the last router fail on one process, as weights that broke while they were loaded would."""
+    check_router = discovery.check_router
+
+    def check(router, *args, **kwargs):
+        if PartialState().process_index == rank and router.layer == MOE_LAYERS[-1]:
+            raise UnsupportedRouterError("the check failed here")
+        return check_router(router, *args, **kwargs)
+
+    discovery.check_router = check
 
 
 def make_trainer(options: argparse.Namespace) -> Watched:
     own = options.rollouts == "own"
     return Watched(
-        model=str(options.folder / "model"),
+        model=str(options.folder / ("dense" if options.dense else "model")),
         args=R3GRPOConfig(
             str(options.folder / options.name),
             use_routing_replay=True,
@@ -158,8 +174,8 @@ def make_trainer(options: argparse.Namespace) -> Watched:
             max_steps=4,
             shuffle_dataset=False,
             logging_steps=1,
-            save_strategy="steps" if options.name == "straight" else "no",
-            save_steps=3,
+            save_strategy="steps" if options.save_steps else "no",
+            save_steps=options.save_steps or 500,
             report_to="none",
             disable_tqdm=True,
         ),
@@ -178,10 +194,17 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    trainer = make_trainer(options)
-    trainer.train(resume_from_checkpoint=None if options.resume is None else str(options.resume))
-    if options.twice:
-        trainer.train()
+    if options.fails_on is not None:
+        fail_on(options.fails_on)
+    try:
+        trainer = make_trainer(options)
+        trainer.train(resume_from_checkpoint=None if options.resume is None else str(options.resume))
+        if options.twice:
+            trainer.train()
+    except UnsupportedRouterError as error:
+        told = options.folder / f"{options.name}-rank{PartialState().process_index}.txt"
+        told.write_text(str(error))
+        return
     rank = trainer.accelerator.process_index
     report = {
         "processes": trainer.accelerator.num_processes,
