@@ -127,6 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rollouts", choices=["told", "own"], default="told")
     parser.add_argument("--gating", default="intercept")
     parser.add_argument("--checkpointing", choices=["none", "reentrant", "non-reentrant"], default="none")
+    parser.add_argument("--optim", default="sgd")  # AdamW makes large steps of gradients that are rounding only
     parser.add_argument("--twice", action="store_true")
     parser.add_argument("--save-steps", type=int, default=0)
     parser.add_argument("--resume", type=Path)
@@ -158,8 +159,8 @@ def make_trainer(options: argparse.Namespace) -> Watched:
             routing_replay_gating=options.gating,
             use_cpu=True,
             bf16=False,
-            optim="sgd",
-            learning_rate=0.5,
+            optim=options.optim,
+            learning_rate=0.5 if options.optim == "sgd" else 0.01,
             lr_scheduler_type="constant",
             router_aux_loss_coef=0.0,  # one over a global batch is not the mean of those of its parts
             model_init_kwargs={"dtype": "float32"},
@@ -216,6 +217,8 @@ def main() -> None:
     }
     (options.folder / f"{options.name}-rank{rank}.json").write_text(json.dumps(report))
     trainer.save_model(str(options.folder / options.name / "trained"))
+    trainer.accelerator.wait_for_everyone()  # or one process may find the other gone while it saves
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
