@@ -339,16 +339,22 @@ def _spread_routing(model: PreTrainedModel) -> None:
 
 
 def build_tiny(
-    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+    model_type: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    with_images: bool | None = None,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """
     A small random model of ``model_type`` in eval mode, the same one for the same seed. In another dtype Transformers
-    may keep some parts in fp32.
+    may keep some parts in fp32. Where a type exists with and without a tower, it has none by default.
     """
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        auto = AutoModelForCausalLM if model_type in MOE_MODEL_TYPES else AutoModelForImageTextToText
+        with_images = model_type not in MOE_MODEL_TYPES if with_images is None else with_images
+        auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
         model = auto.from_config(config, dtype=dtype)
         _spread_routing(model)
     model.generation_config.eos_token_id = None
