@@ -27,7 +27,10 @@ def offload_to_disk(model, folder):
 def load_to_disk(model, folder):
     model.save_pretrained(folder / "model")
     return AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, device_map={"": "disk"}, offload_folder=str(folder / "offloaded")
+        folder / "model",
+        dtype=torch.float32,
+        device_map={"model": "disk", "lm_head": "cpu"},
+        offload_folder=str(folder / "offloaded"),
     )
 
 
