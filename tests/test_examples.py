@@ -152,3 +152,26 @@ def test_replay_without_trl(config, disk, capsys):
     assert [int(size) for size in shape.groups()][2:] == [layers, top_k]
     assert re.search(r"loss \d+\.\d+", printed)
     assert re.search(rf"in \d+ of {(int(shape[2]) - 1) * layers} routers", printed)
+
+
+def test_steady_recompute(disk, monkeypatch, capsys):
+    folder = disk(qwen3_config())
+    (folder / "data" / "train.json").write_text("\n".join(json.dumps({"text": each.prompt}) for each in make_sums(8)))
+    line = [
+        "--model_name_or_path",
+        folder / "model",
+        "--dataset_name",
+        folder / "data",
+        "--output_dir",
+        folder / "out",
+    ]
+    line += ["--max_steps", 2, "--report_to", "none", "--use_cpu", "true", "--bf16", "false", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["steady_recompute", *map(str, line)])
+    example = _load("steady_recompute")
+    example.main(*example.TrlParser(example.TYPES).parse_args_and_config())
+    assert "RouterReplay(Qwen3MoeTopKRouter" in capsys.readouterr().out
+    before, after = load_file(folder / "model/model.safetensors"), load_file(folder / "out/model.safetensors")
+    assert any(not torch.equal(before[key], after[key]) for key in before if "gate.weight" in key)
+    options = set(re.findall(r"--(\w+)", example.__doc__))
+    known = example.TrlParser(example.TYPES).format_help()
+    assert options and not {option for option in options if f"--{option} " not in known.replace("]", " ")}

@@ -23,7 +23,7 @@ from .generate import generate_with_routes
 from .generate_settings import setting
 
 
-def enable_routing_replay(model: nn.Module, *, gating: str = "auto") -> RouterReplay:
+def enable_routing_replay(model: nn.Module, *, gating: str = "auto", steady_recompute: bool = False) -> RouterReplay:
     """
     Let a Transformers model record and replay its routing.
 
@@ -35,6 +35,10 @@ def enable_routing_replay(model: nn.Module, *, gating: str = "auto") -> RouterRe
             A mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
         gating (`str`, *optional*, defaults to `"auto"`):
             How a recorded selection takes effect: `"intercept"`, `"op"` or `"auto"`, as in [`RouterReplay`].
+        steady_recompute (`bool`, *optional*, defaults to `False`):
+            For training without a rollout, with any trainer: every recompute of a gradient checkpoint goes through the
+            experts of its own forward. Without it, a router that decides closely may pick others in the recompute,
+            which crashes backward or gives wrong gradients.
 
     Returns:
         [`RouterReplay`]: The handle, for `record()` and `replay()`.
@@ -54,6 +58,7 @@ def enable_routing_replay(model: nn.Module, *, gating: str = "auto") -> RouterRe
     ```
     """
     replay = RouterReplay(model, gating)
+    replay.steady_recompute = steady_recompute
     lm = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if lm is None:
         replay.remove()
@@ -113,6 +118,8 @@ class _EnabledModel:
             return forward(*args, **kwargs)
 
     def _notice_live_loss(self, kwargs: dict[str, Any]) -> None:
+        if self.replay.steady_recompute:  # live is what was asked for
+            return
         if not self.noticed and kwargs.get("labels") is not None and torch.is_grad_enabled():
             self.noticed = True
             warnings.warn(

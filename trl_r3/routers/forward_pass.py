@@ -57,13 +57,18 @@ class RecordingPass:
         router = self.routers[index]
         if self.executed_LNK is not None:
             executed_NK = self._on(self.executed_LNK[index], args, kwargs)
-            return router.replay(forward, args, kwargs, executed_NK, compare=False).output
+            return self._recompute(router, forward, args, kwargs, executed_NK)
         self.fired[index] += 1
         return self._route(index, router, forward, args, kwargs)
 
     def _route(self, index: int, router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         output, self.live[index] = router.record(forward, args, kwargs)
         return output
+
+    def _recompute(
+        self, router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any], executed_NK: Tensor
+    ) -> Any:
+        return router.repeat(forward, args, kwargs, executed_NK)
 
     def _on(self, ids: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         # layers may be spread over devices
@@ -144,6 +149,11 @@ class ReplayingPass(RecordingPass):
         if routed.status_N is not None:
             self.status[index] = routed.status_N
         return routed.output
+
+    def _recompute(
+        self, router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any], executed_NK: Tensor
+    ) -> Any:
+        return router.replay(forward, args, kwargs, executed_NK, compare=False).output
 
     def observed_live(self) -> Tensor | None:
         """(M, L, K) ids of the live selection in the observed rows, if any are."""

@@ -195,6 +195,11 @@ class Router:
         """
         return self._intercept(forward, args, kwargs, _Selection(self, replayed_NK, missing_N1, compare))
 
+    def repeat(self, forward: Callable, args: tuple, kwargs: dict[str, Any], executed_NK: Tensor) -> Any:
+        """Run the router's forward again, with the `(N, K)` ids that [`Router.record`] told of it; its output."""
+        # by the same code as there: non-reentrant checkpointing wants both to save the same tensors
+        return self._intercept(forward, args, kwargs, _Selection(self, executed_NK, None, False)).output
+
     def live_ids(self, routed: Routed, rows_M: Tensor) -> Tensor:
         """(M, K) ids that a replaying forward would have selected live in some of its rows."""
         assert routed.live_NK is not None  # it compared

@@ -85,7 +85,8 @@ class RouterReplay:
         layers = tuple(router.layer for router in self._routers)
         self.layout = RoutingLayout(layers, found.num_decoder_layers, first.num_experts, first.top_k)
         self._active = ActivePass(threading.Event())
-        self._has_replayed = False
+        self._recomputes = False  # whether a recompute has to go through the experts of its forward
+        self.steady_recompute = False  # whether live forwards that build a graph want that, too
         self.guard: TrainingGuard | None = None  # what watches the loss phase of a training step
         self._source: RecordSource | None = None
         self._stats: ReplayStats | None = None
@@ -227,7 +228,7 @@ class RouterReplay:
         pass_ = self._active.current
         if pass_ is not None:
             return pass_.route(index, forward, args, kwargs)
-        if self._has_replayed and in_backward():
+        if self._recomputes and in_backward():
             raise RuntimeError(
                 f"{self._routers[index].name} is recomputed in backward by a checkpoint that replay does not know, so "
                 "its record is lost. Use `model.gradient_checkpointing_enable()`."
@@ -240,7 +241,8 @@ class RouterReplay:
                 "`routed_experts` was passed to a model that does not take it, so nothing of it would be replayed. "
                 "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
             )
-        if self._source is not None or self._recorded is not None:
+        steadies = self.steady_recompute and torch.is_grad_enabled()
+        if self._source is not None or self._recorded is not None or steadies:
             compiled = next((type(module).__name__ for module in self._compilable if is_compiled(module)), None)
             if compiled is not None:
                 raise RuntimeError(
@@ -254,12 +256,21 @@ class RouterReplay:
         if torch.is_grad_enabled():
             if self.guard is not None:
                 self.guard.meet_live(*batch_of(args, kwargs)[1].shape[:2])
-            return self._run(LivePass(), forward, args, kwargs)
+            return self._live_stack(forward, args, kwargs)
         return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
 
     def _run(self, pass_: Pass, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         with self._active.use(pass_), bound_checkpoints(self._modules, self._active, pass_):
             return forward(*args, **kwargs)
+
+    def _live_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.steady_recompute:
+            return self._run(LivePass(), forward, args, kwargs)
+        self._recomputes = True
+        pass_ = RecordingPass(self._routers, self.layout)
+        output = self._run(pass_, forward, args, kwargs)
+        pass_.close()
+        return output
 
     def _record_stack(self, recorded: RecordedRoutes, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         tokens, main = batch_of(args, kwargs)
@@ -276,7 +287,7 @@ class RouterReplay:
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
-        self._has_replayed = self._has_replayed or torch.is_grad_enabled()
+        self._recomputes = self._recomputes or torch.is_grad_enabled()
         observed_M = None if source.observed is None else source.observed.to(main.device)
         pass_ = ReplayingPass(self._routers, self.layout, replayed_NLK, has_missing, observed_M)
         output = self._run(pass_, forward, args, kwargs)

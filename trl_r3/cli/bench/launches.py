@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._compat import swapped
 from ...gating import native_kernels
 from ...routers.router_replay import RouterReplay
 from .fidelity import enable_checkpointing
@@ -37,12 +38,17 @@ def launches(settings: BenchSettings) -> list[Finding]:
             forward = _medians(forwards, settings.launch_rounds)
             enable_checkpointing(model, {"use_reentrant": False})
             back = _medians({k: _step(model, ids, each, True) for k, each in contexts.items()}, settings.launch_rounds)
+            contexts = {"live": nullcontext, "steady": partial(swapped, replay, "steady_recompute", True)}
+            whole = _medians({k: _step(model, ids, each) for k, each in contexts.items()}, settings.launch_rounds)
         live, target = step["live"], _TARGETS[way]
         findings += [
             Finding(f"launches, {way}: microseconds of a live step, a layer", live / sizes.num_layers * 1e6),
             Finding(f"launches, {way}: replay over a live step", step["replay"] / live - 1, target),
             Finding(f"launches, {way}: recompute over a live step", (back["replay"] - back["live"]) / live, 0.02),
             Finding(f"launches, {way}: capture over a forward", forward["capture"] / forward["live"] - 1, 0.01),
+            Finding(
+                f"launches, {way}: steady recompute over a live step", (whole["steady"] - whole["live"]) / live, 0.03
+            ),
         ]
     return findings
 
