@@ -23,6 +23,8 @@ TINY = BenchSettings(
     new_tokens=3,
     pairs=1,
     scored=8,
+    launch_layers=2,
+    launch_rounds=2,
 )
 
 
