@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .bad_input import BadInput
+
 
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their options."""
@@ -27,6 +29,21 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("model", help="id on the Hugging Face Hub, or a local folder")
     check.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
     check.add_argument("--device", default="cpu", help="device to load it on (default: cpu)")
+
+    verify = commands.add_parser(
+        "verify", help="let an engine sample, and hold its routes against the training forward"
+    )
+    verify.add_argument("model", help="id on the Hugging Face Hub, a local folder, or that of a LoRA adapter")
+    verify.add_argument(
+        "--engine",
+        choices=("transformers", "continuous", "vllm", "server"),
+        default="transformers",
+        help="what samples (default: transformers)",
+    )
+    verify.add_argument("--url", default=None, help="of the vLLM server, with --engine server")
+    verify.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
+    verify.add_argument("--device", default="cpu", help="device of the training forward (default: cpu)")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     bench = commands.add_parser("bench", help="measure what replay costs on this CPU, and what it keeps")
     bench.add_argument("--output", type=Path, default=None, help="JSON file to write the numbers to")
@@ -49,7 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: Exit status.
     """
     args = build_parser().parse_args(argv)
-    return {"demo": _demo, "check": _check, "bench": _bench}[args.command](args)
+    try:
+        return _run(args)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    return {"demo": _demo, "check": _check, "verify": _verify, "bench": _bench}[args.command](args)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -63,6 +88,12 @@ def _check(args: argparse.Namespace) -> int:
     from . import check
 
     return check.main(args.model, args.dtype, args.device)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from . import verify
+
+    return verify.main(args.model, args.engine, args.url, args.dtype, args.device, args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ _NPY_HEADER = re.compile(
 )
 _NPY_DTYPES = {b"|u1": "u1", b"<u2": "<u2", b"<i2": "<i2", b"<i4": "<i4", b"<i8": "<i8"}
 
-_VLLM_FLAG = (
+VLLM_FLAG = (
     "Pass `enable_return_routed_experts=True` to `LLM`, or start the server with `--enable-return-routed-experts`. "
     "From vLLM 0.31 on it also needs prefix caching, and VLLM_USE_V2_MODEL_RUNNER=1 in the environment where it falls "
     "back to the first model runner."
@@ -54,7 +54,7 @@ def decode_vllm_http(payload: str | None) -> NDArray[np.integer]:
         `ValueError`: If the payload is `None`, is no base64, or is not exactly one such array.
     """
     if payload is None:
-        raise ValueError(f"The choice has no `routed_experts`: the vLLM server does not capture them. {_VLLM_FLAG}")
+        raise ValueError(f"The choice has no `routed_experts`: the vLLM server does not capture them. {VLLM_FLAG}")
     data = _base64_bytes(payload, "vLLM")
     dtype, fortran_order, shape, start = _parse_npy_header(data)
     expected = math.prod(shape) * dtype.itemsize
@@ -82,7 +82,7 @@ def decode_vllm_output(completion_output: HasRoutedExperts) -> NDArray[np.intege
     if ids is None:
         raise ValueError(
             f"`CompletionOutput.routed_experts` is None: the engine does not capture routes, or the request was "
-            f"aborted. {_VLLM_FLAG}"
+            f"aborted. {VLLM_FLAG}"
         )
     if not isinstance(ids, np.ndarray):
         raise ValueError(

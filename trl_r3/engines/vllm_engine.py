@@ -68,7 +68,7 @@ class RoutedVLLMClient(VLLMClient):
         super().__init__(*args, **kwargs)
         self._answers = threading.local()  # choices of the last response, of each requesting thread
         self._routes: list[np.ndarray] = []
-        version = self._get(f"{self.base_url}/version")["version"]
+        self.version = version = self._get(f"{self.base_url}/version")["version"]
         check_vllm_version(version)
         if not _returns_routes(self.get_server_info()):
             raise ValueError(
@@ -89,12 +89,16 @@ class RoutedVLLMClient(VLLMClient):
 
         def send(prompt: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
             answer = super(RoutedVLLMClient, self).generate([prompt], **kwargs)
-            return answer, [decode_vllm_http(choice.get("routed_experts")) for choice in self._answers.choices]
+            return answer, [self.decode(choice.get("routed_experts")) for choice in self._answers.choices]
 
         with ThreadPoolExecutor(max_workers=min(_CONCURRENT_REQUESTS, max(len(prompts), 1))) as executor:
             answers = list(executor.map(send, prompts))
         self._routes = [ids for _, routes in answers for ids in routes]
         return {key: _joined([answer[key] for answer, _ in answers]) for key in answers[0][0]}
+
+    def decode(self, payload: str | None) -> np.ndarray:
+        """(P + C - 1, D, K) of one choice, from the field of the response."""
+        return decode_vllm_http(payload)
 
     def take_routes(self) -> list[np.ndarray]:
         """

@@ -1,0 +1,28 @@
+"""What a command cannot begin with: exit status 2 and one sentence, instead of a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """An argument that no run can begin with. The message has the fact and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of what a library has to say, without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Make a folder that something will be written to, before anything is computed.
+
+    Raises:
+        [`BadInput`]: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written to: {first_line(error)}. Pass another `--output`.") from error

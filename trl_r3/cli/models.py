@@ -1,0 +1,145 @@
+"""Load the model that a command was given: a folder with weights, an id on the Hub, or a LoRA adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..routers.discovery import refuse_dense
+from ..routers.self_check import UnsupportedRouterError
+from .bad_input import BadInput, first_line
+
+
+@dataclass
+class LoadedModel:
+    """
+    A model and where it comes from.
+
+    Args:
+        model (`torch.nn.Module`):
+            In evaluation mode.
+        origin (`str`):
+            Which weights it has.
+    """
+
+    model: Any
+    origin: str
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "cpu", *, downloads: bool = True) -> LoadedModel:
+    """
+    Load a causal LM by its id or folder, one behind a vision tower included, or an adapter on top of its base.
+
+    Args:
+        name (`str`):
+            Id on the Hugging Face Hub, or a local folder.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`, or the name of a torch dtype.
+        device (`str`, *optional*, defaults to `"cpu"`):
+            Device to load it on.
+        downloads (`bool`, *optional*, defaults to `True`):
+            Whether weights that are not on this machine are downloaded.
+
+    Returns:
+        [`LoadedModel`].
+
+    Raises:
+        [`BadInput`]: If there is no such model, dtype or device, or if it is dense.
+        `OSError`: If `downloads` is off and the weights are not on this machine.
+    """
+    torch_dtype, place = dtype_of(dtype), _device(device)
+    base = adapter_base(name)
+    try:
+        model = _from_pretrained(base or name, torch_dtype, downloads)
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name)
+        model = model.to(place).eval()
+    except OSError as error:
+        if not downloads:
+            raise
+        raise BadInput(_unloadable(name, error)) from error
+    except Exception as error:  # what a broken file raises depends on what reads it
+        raise BadInput(_unloadable(name, error)) from error
+    refuse_dense_model(model)
+    origin = "the weights of" if base is None else f"{base} with the adapter"
+    return LoadedModel(model, f"{origin} {name}")
+
+
+def dtype_of(name: str) -> Any:
+    """`"auto"`, or a torch dtype by its name."""
+    found = name if name == "auto" else getattr(torch, name, None)
+    if not isinstance(found, (str, torch.dtype)):
+        raise BadInput(f"`--dtype` is {name!r}, which is no torch dtype. Pass `auto`, `float32` or `bfloat16`.")
+    return found
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"`--device` is {name!r}, which is not here: {first_line(error)}.") from error
+
+
+def config_of(name: str) -> Any:
+    """
+    The config of a model by its id or folder.
+
+    Raises:
+        [`BadInput`]: If there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(_unloadable(name, error)) from error
+
+
+def refuse_dense_model(model: Any) -> None:
+    """
+    Refuse a model without experts.
+
+    Raises:
+        [`BadInput`]: Naming it.
+    """
+    try:
+        refuse_dense(model)
+    except UnsupportedRouterError as error:
+        fact = str(error).partition(" There is no routing")[0]
+        raise BadInput(f"{fact} There is nothing to replay; pass a mixture of experts.") from error
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that an adapter was trained on, or `None` where `name` is a model itself."""
+    from transformers.utils import find_adapter_config_file
+
+    folder = Path(name)
+    if (folder / "config.json").exists() or (folder.exists() and not (folder / "adapter_config.json").exists()):
+        return None
+    try:
+        if find_adapter_config_file(name) is None:
+            return None
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (OSError, ValueError, TypeError) as error:
+        if folder.exists():
+            raise BadInput(_unloadable(name, error)) from error
+        return None  # what is wrong with the name, the model's own loader tells
+
+
+def _unloadable(name: str, error: Exception) -> str:
+    return f"{name} cannot be loaded: {first_line(error)}. Pass a folder with a model, or its id on the Hub."
+
+
+def _from_pretrained(name: str, dtype: Any, downloads: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal = type(config_of(name)) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    return auto.from_pretrained(name, dtype=dtype, local_files_only=not downloads)

@@ -1,0 +1,159 @@
+"""`trl-r3 verify`: a few prompts through the engine, then the training forward, and whether every row is the right one.
+
+Legend: B samples, C completion tokens, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+
+import torch
+from torch import Tensor
+
+from ...records.evidence import RoutingEvidence
+from ...routers.router_replay import RouterReplay
+from ...routers.self_check import UnsupportedRouterError
+from ..bad_input import BadInput
+from ..models import LoadedModel, load_model
+from . import findings
+from .engines import continuous_rollout, server_rollout, transformers_rollout, vllm_rollout
+from .findings import Finding
+from .logprobs import logprobs_finding, other_temperatures
+from .report import Layer, Report, print_report
+from .rollout import Sampling, VerifiedRollout, generated_prompts
+from .rows import check_rollout_rows
+from .training import CHECKPOINTING, Batch, Scores, replayed_gradients, score, score_replayed
+
+ENGINES = ("transformers", "continuous", "vllm", "server")
+
+
+def main(name: str, engine: str, url: str | None, dtype: str, device: str, as_json: bool) -> int:
+    """
+    Verify a model with an engine, and print what was found.
+
+    Args:
+        name (`str`):
+            Id on the Hugging Face Hub, a local folder, or that of a LoRA adapter.
+        engine (`str`):
+            One of `ENGINES`.
+        url (`str`, *optional*):
+            Of the server, with `engine="server"`.
+        dtype (`str`):
+            `"auto"`, or the name of a torch dtype, of the training forward.
+        device (`str`):
+            Device of the training forward.
+        as_json (`bool`):
+            Whether to print JSON instead of a table.
+
+    Returns:
+        `int`: Exit status: 0 if everything that could be judged is right, 1 if something is wrong.
+
+    Raises:
+        [`BadInput`]: If there is nothing to verify.
+    """
+    if (engine == "server") != (url is not None):
+        raise BadInput("`--engine server` and `--url URL` belong together. Pass both, or neither.")
+    with redirect_stdout(sys.stderr):  # engines talk; JSON stays alone
+        loaded = load_model(name, dtype, device)
+        try:
+            replay = RouterReplay(loaded.model)
+        except UnsupportedRouterError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+        with replay:
+            rollout = sample(loaded, name, replay, engine, url)
+            report = verify(loaded, replay, rollout)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        print_report(report)
+    return 0 if report.passed else 1
+
+
+def sample(loaded: LoadedModel, name: str, replay: RouterReplay, engine: str, url: str | None) -> VerifiedRollout:
+    """A few prompts through an engine."""
+    sampling = Sampling(generated_prompts(loaded.model))
+    torch.manual_seed(0)
+    if engine == "server":
+        assert url is not None  # main() has refused that
+        return server_rollout(url, sampling)
+    if engine == "vllm":
+        return vllm_rollout(loaded.model, name, sampling)
+    if engine == "continuous":
+        return continuous_rollout(loaded.model, replay, sampling)
+    return transformers_rollout(loaded.model, replay, sampling)
+
+
+def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) -> Report:
+    """
+    Hold a rollout, wherever it comes from, against the training forward.
+
+    Args:
+        loaded ([`LoadedModel`]):
+            The model, with the weights that the rollout was made with.
+        replay ([`RouterReplay`]):
+            Its handle.
+        rollout ([`VerifiedRollout`]):
+            The rollout.
+
+    Returns:
+        [`Report`].
+    """
+    model = loaded.model
+    rows = check_rollout_rows(rollout, replay.layout)
+    batch = Batch.of(rollout, rows.records, model.get_input_embeddings().weight.device)
+    record = batch.record(replay)
+    sampled = _padded(rollout.logprobs, batch.completion_mask)
+    others = other_temperatures(rollout.temperature)
+    live = score(model, batch, rollout.temperature, others)
+    replayed = score_replayed(model, replay, batch, rollout.temperature, others)
+    evidence = RoutingEvidence(replay.layout)
+    for observation in replayed.observations:
+        evidence.add(observation)
+    statistics = evidence.statistics() if evidence.rows else None
+    gradients = {kind: replayed_gradients(model, replay, batch, kind) for kind in CHECKPOINTING}
+    found = [
+        findings.rows_finding(rows, rollout),
+        findings.executed_finding(replayed.executed, record, replay),
+        findings.agreement_finding(statistics, evidence.verdict() if statistics else None, evidence.rows),
+        findings.changed_finding(replayed.changed, replayed.compared),
+        *_mismatch(live, replayed.scores, rollout, sampled, batch.completion_mask),
+        logprobs_finding(rollout, replayed.scores, sampled, batch.completion_mask),
+        findings.gradients_finding(gradients, record, replay),
+    ]
+    other = findings.executed_per_layer(replayed.executed, record, replay)
+    layers = [
+        Layer(
+            layer,
+            other.get(layer),
+            None if statistics is None else float(statistics.agreement_L[slot]),
+            None if statistics is None else float(statistics.contrast_L[slot]),
+        )
+        for slot, layer in enumerate(replay.moe_layers)
+    ]
+    return Report(loaded.origin, type(model).__name__, rollout.source, rollout.temperature, found, layers)
+
+
+def _padded(values: Sequence[Tensor] | None, mask: Tensor) -> Tensor | None:
+    """(B, C), NaN where there is no token."""
+    if values is None:
+        return None
+    padded = torch.full(mask.shape, float("nan"))
+    for row, each in enumerate(values):
+        padded[row, : len(each)] = each
+    return padded
+
+
+def _mismatch(
+    live: Scores, replayed: Scores, rollout: VerifiedRollout, sampled: Tensor | None, mask: Tensor
+) -> list[Finding]:
+    if sampled is None:
+        return []
+    both = (("mismatch, live", live, None), ("mismatch, replayed", replayed, findings.MAX_K3))
+    return [
+        findings.mismatch_finding(what, scores.by_temperature[rollout.temperature], sampled, mask, bound)
+        for what, scores, bound in both
+    ]

@@ -1,0 +1,109 @@
+"""The findings as a table that a person reads, or as JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .findings import Finding
+
+_STYLES = {"right": "green", "wrong": "bold red", "not judged": "dim"}
+
+
+@dataclass
+class Layer:
+    """
+    What was seen of one MoE layer.
+
+    Args:
+        layer (`int`):
+            Index of the decoder layer.
+        other_ids (`int`, *optional*):
+            Recorded rows that executed other ids; `None` where nothing shows which ids ran.
+        agreement, contrast (`float`, *optional*):
+            Of the alarm; NaN where there is nothing to tell apart.
+    """
+
+    layer: int
+    other_ids: int | None
+    agreement: float | None
+    contrast: float | None
+
+
+@dataclass
+class Report:
+    """
+    What a verification found.
+
+    Args:
+        origin, architecture (`str`):
+            Which weights, of which class.
+        source (`str`):
+            Where the rollout comes from.
+        temperature (`float`):
+            Of the rollout.
+        findings (list of [`Finding`]):
+            The rows of the table.
+        layers (list of [`Layer`]):
+            By ascending decoder layer.
+    """
+
+    origin: str
+    architecture: str
+    source: str
+    temperature: float
+    findings: list[Finding]
+    layers: list[Layer]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return all(finding.status != "wrong" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: numbers that do not exist are `None`."""
+        layers = [{key: _number(value) for key, value in asdict(layer).items()} for layer in self.layers]
+        return {
+            "passed": self.passed,
+            "model": self.origin,
+            "architecture": self.architecture,
+            "rollout": self.source,
+            "temperature": self.temperature,
+            "versions": {name: version(name) for name in ("trl-r3", "torch", "transformers", "trl")},
+            "findings": [asdict(finding) for finding in self.findings],
+            "layers": layers,
+        }
+
+
+def print_report(report: Report) -> None:
+    """Print the tables, and for each failure its cause and remedy."""
+    console = Console(soft_wrap=True)
+    console.print(f"{report.architecture}, {report.origin}", markup=False)
+    console.print(f"rollout by {report.source}, temperature {report.temperature:g}", markup=False)
+    table = Table("", "", "seen")
+    for finding in report.findings:
+        table.add_row(finding.what, f"[{_STYLES[finding.status]}]{finding.status}[/]", finding.seen)
+    console.print(table)
+    layers = Table("layer", "rows with other ids", "agreement", "contrast")
+    for layer in report.layers:
+        other = "not seen" if layer.other_ids is None else str(layer.other_ids)
+        layers.add_row(str(layer.layer), other, _text(layer.agreement), _text(layer.contrast))
+    console.print(layers)
+    for finding in report.findings:
+        if finding.status == "wrong":
+            console.print(f"{finding.what}: {finding.cause}.", style="bold red", markup=False)
+            console.print(f"  What to do: {finding.remedy}.", markup=False)
+    console.print("Every row that could be judged is right." if report.passed else "Something is wrong, see above.")
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"

@@ -1,0 +1,256 @@
+"""The training forward over a rollout: scores, what the experts executed, gradients.
+
+Legend: B samples, T tokens of a padded sequence, C completion tokens, V vocabulary, L MoE layers, K experts per token,
+N = B * T.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._compat import set_checkpointing
+from ...records.evidence import Observation
+from ...records.samples import Sample, ScoredBatch
+from ...records.storage import unpack
+from ...routers.router_replay import RouterReplay
+from .rollout import VerifiedRollout
+
+CHECKPOINTING: dict[str, dict[str, bool] | None] = {
+    "none": None,
+    "non-reentrant": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+}
+
+
+@dataclass
+class Batch:
+    """A rollout as the trainer lays it out: prompts padded on the left, completions on the right."""
+
+    samples: list[Sample]
+    prompt_width: int
+    input_ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T)
+    completion_mask: Tensor  # (B, C)
+
+    @classmethod
+    def of(cls, rollout: VerifiedRollout, records: list[Tensor], device: torch.device) -> Batch:
+        """Of a rollout and its packed records."""
+        pairs = list(zip(rollout.prompt_ids, rollout.completion_ids, strict=True))
+        width = max(len(prompt) for prompt, _ in pairs)
+        length = max(len(completion) for _, completion in pairs)
+        ids = torch.zeros(len(pairs), width + length, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, (prompt, completion) in enumerate(pairs):
+            first, end = width - len(prompt), width + len(completion)
+            ids[row, first:end] = torch.tensor([*prompt, *completion])
+            mask[row, first:end] = 1
+        samples = [
+            Sample(i, torch.tensor([*prompt, *completion]), len(prompt), record)
+            for i, ((prompt, completion), record) in enumerate(zip(pairs, records, strict=True))
+        ]
+        return cls(samples, width, ids.to(device), mask.to(device), mask[:, width:].bool())
+
+    def source(self, replay: RouterReplay, observes: bool = False) -> ScoredBatch:
+        """What `replay_from` takes."""
+        return ScoredBatch(self.samples, self.prompt_width, replay.layout, observes)
+
+    def record(self, replay: RouterReplay) -> Tensor:
+        """(B, T, L, K) ids; -1 where there is no row."""
+        return unpack(self.source(replay).take(*self.input_ids.shape), replay.layout)
+
+
+@dataclass
+class Scores:
+    """
+    What one forward says about the sampled tokens.
+
+    Args:
+        by_temperature (`dict[float, torch.Tensor]` of shape `(B, C)` each):
+            Log-probabilities of the sampled tokens, by what the logits are divided by.
+        surprise (`dict[float, torch.Tensor]` of shape `(2, B, C)` each):
+            Mean and variance of the log-probability of a token that is drawn at that temperature and scored at the
+            one of the rollout.
+    """
+
+    by_temperature: dict[float, Tensor]
+    surprise: dict[float, Tensor]
+
+
+@torch.no_grad()
+def score(model: Any, batch: Batch, temperature: float, others: tuple[float, ...]) -> Scores:
+    """
+    Score a rollout as TRL does: logits over the temperature, the whole vocabulary.
+
+    Args:
+        model (`torch.nn.Module`):
+            The policy.
+        batch ([`Batch`]):
+            The rollout.
+        temperature (`float`):
+            That of the rollout.
+        others (`tuple[float, ...]`):
+            What else to score with.
+
+    Returns:
+        [`Scores`].
+    """
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
+    logits = logits[:, batch.prompt_width - 1 : -1].float()
+    sampled = batch.input_ids[:, batch.prompt_width :, None]
+    own = (logits / temperature).log_softmax(-1)
+    by_temperature, surprise = {}, {}
+    for each in (temperature, *others):
+        logprobs = (logits / each).log_softmax(-1)
+        by_temperature[each] = logprobs.gather(-1, sampled)[..., 0].cpu()
+        drawn = logprobs.exp()
+        mean = (drawn * own).sum(-1)
+        surprise[each] = torch.stack([mean, (drawn * own.square()).sum(-1) - mean.square()]).cpu()
+    return Scores(by_temperature, surprise)
+
+
+@dataclass
+class ReplayedScores:
+    """What a replayed forward gives beside its scores."""
+
+    scores: Scores
+    observations: list[Observation]
+    executed: dict[int, list[Tensor]]  # by decoder layer, (N, K) a call
+    changed: int  # (row, layer) pairs in which live routing would have differed
+    compared: int  # pairs
+
+
+def score_replayed(
+    model: Any, replay: RouterReplay, batch: Batch, temperature: float, others: tuple[float, ...]
+) -> ReplayedScores:
+    """As [`score`], through the recorded experts."""
+    source = batch.source(replay, observes=True)
+    with watch_experts(model, replay) as executed, replay.replay_from(source) as stats:
+        scores = score(model, batch, temperature, others)
+    layers = len(replay.moe_layers)
+    return ReplayedScores(
+        scores, source.observations, executed, int(stats.changed_routers), int(stats.compared_tokens) * layers
+    )
+
+
+@contextmanager
+def watch_experts(model: nn.Module, replay: RouterReplay) -> Iterator[dict[int, list[Tensor]]]:
+    """
+    Note the ids that reach the experts, by decoder layer, recomputes included: what runs, whatever replay believes.
+
+    Where the experts are not given ids, those that the router returns are noted.
+    """
+    seen: dict[int, list[Tensor]] = {}
+
+    def at_experts(layer: int) -> Callable:
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            ids = [a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and not a.is_floating_point()]
+            if len(ids) == 1 and ids[0].shape[-1] == replay.top_k:
+                seen.setdefault(layer, []).append(ids[0].detach().reshape(-1, replay.top_k).cpu())
+
+        return note
+
+    def at_router(layer: int, place: int) -> Callable:
+        def note(module: nn.Module, args: tuple, output: Any) -> None:
+            by_router.setdefault(layer, []).append(output[place].detach().reshape(-1, replay.top_k).cpu())
+
+        return note
+
+    by_router: dict[int, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(at_experts(layer), with_kwargs=True)
+        for layer, module in _experts_of(model, replay.moe_layers).items()
+    ]
+    handles += [
+        router.module.register_forward_hook(at_router(router.layer, router.ids_output))
+        for router in replay._routers
+        if router.ids_output is not None
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, calls in by_router.items():
+            seen.setdefault(layer, calls)
+
+
+def _experts_of(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
+    """The outermost modules named `experts`, by the decoder layer in their path."""
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        index = re.search(r"\.(\d+)\.", name)
+        if name.rpartition(".")[2] == "experts" and index is not None and int(index[1]) in layers:
+            found.setdefault(int(index[1]), module)
+    return found
+
+
+@dataclass
+class Gradients:
+    """
+    Gradients of a replayed loss with one kind of checkpointing.
+
+    Args:
+        values (`dict[str, torch.Tensor]`):
+            Of routers and input embedding, by name.
+        executed (`dict[int, list[torch.Tensor]]`):
+            As in [`ReplayedScores`], of the forward and of the recompute.
+    """
+
+    values: dict[str, Tensor]
+    executed: dict[int, list[Tensor]]
+
+
+def replayed_gradients(model: Any, replay: RouterReplay, batch: Batch, kind: str) -> Gradients:
+    """
+    Backward through the recorded experts.
+
+    Only routers and input embedding get a gradient, which goes through every layer: so it fits beside the largest
+    model.
+    """
+    wanted = _routers_and_embedding(model, replay)
+    device = batch.input_ids.device
+    with _training(model, wanted, kind), torch.random.fork_rng([device] if device.type != "cpu" else []):
+        torch.manual_seed(0)  # of dropout, which has to be the same in each run
+        with watch_experts(model, replay) as executed:
+            with replay.replay_from(batch.source(replay)):
+                logits = model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
+            logits = logits[:, batch.prompt_width - 1 : -1].float()
+            picked = logits.log_softmax(-1).gather(-1, batch.input_ids[:, batch.prompt_width :, None])[..., 0]
+            (-picked[batch.completion_mask.to(device)].mean()).backward()
+        values = {name: p.grad.detach().clone() for name, p in wanted.items() if p.grad is not None}
+    return Gradients(values, executed)
+
+
+def _routers_and_embedding(model: Any, replay: RouterReplay) -> dict[str, nn.Parameter]:
+    modules = [model.get_input_embeddings(), *(router.module for router in replay._routers)]
+    own = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own and p.is_floating_point()}
+
+
+@contextmanager
+def _training(model: Any, wanted: dict[str, nn.Parameter], kind: str) -> Iterator[None]:
+    """Training mode with one kind of checkpointing, in which only some parameters get a gradient."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    chosen = {id(parameter) for parameter in wanted.values()}
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+            parameter.grad = None
+        model.train()
+        set_checkpointing(model, CHECKPOINTING[kind])
+        yield
+    finally:
+        set_checkpointing(model, None)
+        for parameter, required, grad in before:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+        for module, mode in modes:
+            module.training = mode
