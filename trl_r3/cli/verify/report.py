@@ -74,7 +74,7 @@ class Report:
             "architecture": self.architecture,
             "rollout": self.source,
             "temperature": self.temperature,
-            "versions": {name: version(name) for name in ("trl-r3", "torch", "transformers", "trl")},
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
             "findings": [asdict(finding) for finding in self.findings],
             "layers": layers,
         }

@@ -1,0 +1,104 @@
+"""A narrow twin of a model: its config with every width small, the layers, experts and top-k as they are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from .bad_input import BadInput, first_line
+
+HIDDEN_SIZE, VOCABULARY = 64, 256
+
+# By attribute name; a config takes those that it has. Sizes of heads and rotary sections stay: they fit each other.
+_WIDTHS: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model"), HIDDEN_SIZE),
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "dense_intermediate_size", "ffn_hidden_size"), 32),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_experts_intermediate_size"), 16),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_hidden_size", "moe_latent_size"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "router_hidden_size"), 16),
+    "initializer_range": 0.1,
+    "num_mtp_layers": 0,
+    "num_nextn_predict_layers": 0,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "hidden_size_per_layer_input": 0,
+    "use_mamba_kernels": False,
+    "dtype": None,
+}
+_HEADS = ("num_attention_heads", "n_heads", "swa_num_attention_heads")
+_KEY_HEADS = ("num_key_value_heads", "swa_num_key_value_heads")
+
+
+def narrow_twin(config: Any, name: str) -> Any:
+    """
+    Build a twin with random weights.
+
+    Args:
+        config (`transformers.PreTrainedConfig`):
+            Of the model. Of one that also takes images, the part for text.
+        name (`str`):
+            What errors call it.
+
+    Returns:
+        `torch.nn.Module`: In evaluation mode, in float32.
+
+    Raises:
+        [`BadInput`]: If the config cannot be made narrow.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise BadInput(
+            f"{name} has no weights on this machine, and no text model of its own that a narrow twin could have "
+            f"({type(text).__name__}). Pass a folder with its weights."
+        )
+    errors = []
+    for heads in (4, None):  # as they are, where other sizes depend on their number
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(narrow_config(text, heads), dtype=torch.float32).eval()
+            _score_a_token(model)
+        except Exception as error:  # whatever a config may raise whose sizes do not fit each other
+            errors.append(error)
+        else:
+            return model
+    raise BadInput(
+        f"{name} has no weights on this machine, and its config cannot be made narrow: {first_line(errors[0])}. Pass "
+        "a folder with its weights."
+    ) from errors[0]
+
+
+def narrow_config(config: Any, heads: int | None) -> Any:
+    """The config with small widths, and with so many attention heads, if given."""
+    narrow = copy.deepcopy(config)
+    values = {name: value for name, value in _WIDTHS.items() if getattr(narrow, name, None) is not None}
+    if heads is not None:
+        groups = {key: _keys_for(config, key, heads) for key in _KEY_HEADS if getattr(config, key, None)}
+        values |= {key: heads for key in _HEADS if getattr(config, key, None)} | groups
+        if getattr(config, "head_dim", None) is None and getattr(config, "num_attention_heads", None):
+            values.pop("head_dim", None)
+    for key, value in values.items():
+        old = getattr(narrow, key)
+        setattr(narrow, key, [value] * len(old) if isinstance(old, (list, tuple)) else value)
+    return narrow
+
+
+def _keys_for(config: Any, name: str, heads: int) -> int:
+    """As many heads of keys as the ratio asks for, at least one."""
+    queries = getattr(config, name.replace("key_value", "attention"), None) or getattr(config, "n_heads", heads)
+    queries = max(queries) if isinstance(queries, (list, tuple)) else queries
+    keys = getattr(config, name)
+    keys = max(keys) if isinstance(keys, (list, tuple)) else keys
+    return max(1, heads * keys // queries)
+
+
+@torch.no_grad()
+def _score_a_token(model: Any) -> None:
+    model(input_ids=torch.arange(1, 9)[None], use_cache=False)
