@@ -338,7 +338,7 @@ SEAMS = [
         lambda: issubclass(torch.nn.Dropout, torch.nn.modules.dropout._DropoutNd),
     ),
     Seam(
-        "cli/check.py",
+        "cli/models.py",
         "AutoModelForCausalLM._model_mapping",
         lambda: transformers.Qwen3MoeConfig in transformers.AutoModelForCausalLM._model_mapping,
     ),

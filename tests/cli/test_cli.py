@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from trl_r3 import RouterReplay
+from trl_r3 import RouterReplay, UnsupportedRouterError
 from trl_r3.cli import command as cli
 
 SIZES = {
@@ -47,14 +47,6 @@ def test_check_takes_a_dtype(saved, capsys):
     assert _rows(capsys.readouterr().out)["MoE layers"] == "4: 0-3"
 
 
-def test_check_refuses_a_dense_model(saved, capsys):
-    assert cli.main(["check", saved(LlamaConfig(**SIZES))]) == 1
-    printed = capsys.readouterr()
-    assert "UnsupportedRouterError" in printed.err
-    assert "LlamaForCausalLM is a dense model" in printed.err
-    assert "Routing replay works" not in printed.out
-
-
 def test_check_fails_where_replay_does_not_take_effect(saved, capsys, monkeypatch):
     from trl_r3.cli import check
 
@@ -65,14 +57,108 @@ def test_check_fails_where_replay_does_not_take_effect(saved, capsys, monkeypatc
     assert "FAILS" in printed.out
 
 
-def test_check_of_a_name_that_does_not_exist(tmp_path, capsys):
-    assert cli.main(["check", str(tmp_path / "nothing")]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+def test_check_uses_the_weights_that_are_there(saved, capsys):
+    name = saved(MixtralConfig(**SIZES, num_local_experts=4))
+    assert cli.main(["check", name]) == 0
+    assert f"Checked on the weights of {name}." in capsys.readouterr().out
 
 
-def test_check_of_a_dtype_that_does_not_exist(tmp_path, capsys):
-    assert cli.main(["check", str(tmp_path), "--dtype", "float33"]) == 2
-    assert "float33" in capsys.readouterr().err
+QWEN3_30B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 40960,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+
+def test_check_of_a_config_without_weights(tmp_path, capsys):
+    """Thirty billion parameters, as a twin of a few million."""
+    Qwen3MoeConfig(**QWEN3_30B).save_pretrained(tmp_path)
+    assert cli.main(["check", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"a narrow twin of the config of {tmp_path} (hidden size 64, vocabulary 256, random weights)" in printed
+    rows = _rows(printed)
+    assert (rows["MoE layers"], rows["experts (E)"], rows["experts a token (K)"]) == ("48: 0-47", "128", "8")
+    assert rows["foreign record"].startswith("passes: 32 of 32 ")
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h"])
+def test_twins_keep_layers_and_experts(model_type):
+    from trl_r3.cli.twin import narrow_config, narrow_twin
+
+    config = CONFIG_MAPPING[model_type]()
+    twin = narrow_twin(config, model_type)
+    kept = ("num_hidden_layers", "n_routed_experts", "num_local_experts", "num_experts_per_tok", "layer_types")
+    assert [getattr(twin.config, name, 0) for name in kept] == [getattr(config, name, 0) for name in kept]
+    assert twin.config.hidden_size == 64 and twin.get_input_embeddings().num_embeddings == 256
+    assert sum(parameter.numel() for parameter in twin.parameters()) < 1e8
+    assert config.hidden_size > 64, "the config itself is left alone"
+    assert narrow_config(config, None).num_attention_heads == config.num_attention_heads
+
+
+def test_a_twin_that_cannot_be_made_is_bad_input(tmp_path, capsys):
+    Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=8).save_pretrained(tmp_path)
+    assert cli.main(["check", str(tmp_path)]) == 2
+    assert "its config cannot be made narrow" in _sentence(capsys)
+
+
+COMMANDS = ("check", "verify")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_bad_input_is_one_sentence(command, saved, tmp_path, capsys):
+    dense, nothing = saved(LlamaConfig(**SIZES)), tmp_path / "nothing"
+    torn = tmp_path / "torn"
+    Qwen3MoeConfig(**SIZES).save_pretrained(torn)
+    (torn / "model.safetensors").write_bytes(b"no weights")
+    capsys.readouterr()
+    for arguments, said in (
+        ([dense], "LlamaForCausalLM is a dense model"),
+        ([nothing], "cannot be loaded"),
+        ([torn], "torn cannot be loaded"),
+        ([dense, "--dtype", "float33"], "'float33', which is no torch dtype"),
+        ([dense, "--device", "abacus"], "`--device` is 'abacus'"),
+    ):
+        assert cli.main([command, *map(str, arguments)]) == 2, arguments
+        assert said in _sentence(capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_router_that_is_not_supported_is_no_bad_input(command, saved, capsys, monkeypatch):
+    """It ran, and something does not hold."""
+    from trl_r3.routers import discovery
+
+    def refuse(*args):
+        raise UnsupportedRouterError("model.layers.0.mlp.gate cannot be replayed.")
+
+    monkeypatch.setattr(discovery, "_checked", refuse)
+    assert cli.main([command, saved(MixtralConfig(**SIZES, num_local_experts=4))]) == 1
+    assert "UnsupportedRouterError: model.layers.0.mlp.gate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--smoke", "--output"], ["bench", "--output"]])
+def test_a_place_that_cannot_be_written_to(arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main([*arguments, str(tmp_path / "file" / "deeper" / "log.json")]) == 2
+    assert "cannot be written to" in _sentence(capsys)
+
+
+@pytest.mark.parametrize("value, status", [(0.5, 0), (2.0, 1), (None, 0)])
+def test_a_target_that_is_missed(value, status, monkeypatch):
+    from trl_r3.cli import bench
+
+    findings = [bench.Finding("a time", 3.0), bench.Finding("a share", value or 0.0, 1.0 if value else None)]
+    monkeypatch.setattr(bench, "main", lambda output: findings)
+    assert cli.main(["bench"]) == status
 
 
 def test_foreign_check_notices_a_record_without_effect(saved):
@@ -88,12 +174,23 @@ def test_foreign_check_notices_a_record_without_effect(saved):
         assert not check.check_foreign(model, replay)[0]
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo", "--model", "llama"], ["check"], ["bench", "speed"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["demo", "--model", "llama"], ["check"], ["bench", "speed"], ["verify", "m", "--engine", "x"]],
+)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "usage: trl-r3" in capsys.readouterr().err
+
+
+def _sentence(capsys):
+    """What was said of bad input: one line, and nothing that was printed before it."""
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line and "Loading weights" not in line]
+    assert "Traceback" not in line and line.endswith(".") and printed.out == ""
+    return line
 
 
 def _rows(output):

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, L MoE layers, E experts, K experts per token.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..records.agreement import changed_layers
 from ..routers.router_replay import RouterReplay
 from ..routers.self_check import UnsupportedRouterError
+from .models import LoadedModel, adapter_base, config_of, device_of, dtype_of, load_model, refuse_dense_model
+from .twin import HIDDEN_SIZE, VOCABULARY, narrow_twin
 
 TOKENS = (8, 4)  # batch, length of what is scored; short, for a collapsed router may repeat itself
 
@@ -26,20 +29,21 @@ def main(name: str, dtype: str, device: str) -> int:
 
     Args:
         name (`str`):
-            Id on the Hugging Face Hub, or a local folder.
+            Id on the Hugging Face Hub, a local folder, or that of a LoRA adapter. Its weights are used where they are
+            on this machine, else a narrow twin of its config.
         dtype (`str`):
             `"auto"`, or the name of a torch dtype.
         device (`str`):
             Device to load it on.
 
     Returns:
-        `int`: Exit status: 0 if replay works, 1 if it does not, 2 if there is no such model.
+        `int`: Exit status: 0 if replay works, 1 if it does not.
+
+    Raises:
+        [`BadInput`]: If there is no such model, or if it is dense.
     """
-    try:
-        model = load(name, dtype).to(device).eval()
-    except (OSError, ValueError) as error:
-        print(f"{name} cannot be loaded: {error}", file=sys.stderr)
-        return 2
+    loaded = weights_or_twin(name, dtype, device)
+    model = loaded.model
     try:
         replay = RouterReplay(model)
     except UnsupportedRouterError as error:
@@ -51,6 +55,7 @@ def main(name: str, dtype: str, device: str) -> int:
         replay.remove()
     console = Console(soft_wrap=True)
     console.print(_table(model, replay, findings))
+    console.print(f"Checked on {loaded.origin}.", markup=False)
     failed = [what for what, (passed, _) in findings.items() if not passed]
     if failed:
         print(f"replay of {' and '.join(failed)} does not do what it should, see above.", file=sys.stderr)
@@ -59,17 +64,19 @@ def main(name: str, dtype: str, device: str) -> int:
     return 0
 
 
-def load(name: str, dtype: str) -> Any:
-    """A causal LM by its id or folder, one behind a vision tower included."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, (str, torch.dtype)):
-        raise ValueError(f"`--dtype` is {dtype!r}, which is no torch dtype. Pass `auto`, `float32` or `bfloat16`.")
-    config = AutoConfig.from_pretrained(name)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-    return auto.from_pretrained(name, dtype=torch_dtype)
+def weights_or_twin(name: str, dtype: str, device: str) -> LoadedModel:
+    """The model with its weights where they are on this machine, else a narrow twin of its config."""
+    folder = Path(name)
+    if not folder.exists() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        try:
+            return load_model(name, dtype, device, downloads=folder.exists())
+        except OSError:  # an id whose weights were not downloaded
+            pass
+    twin = narrow_twin(config_of(adapter_base(name) or name), name)
+    refuse_dense_model(twin)
+    twin = twin.to(device_of(device), dtype=None if dtype == "auto" else dtype_of(dtype))
+    widths = f"hidden size {HIDDEN_SIZE}, vocabulary {VOCABULARY}, random weights"
+    return LoadedModel(twin, f"a narrow twin of the config of {name} ({widths}): its weights are not on this machine")
 
 
 def check_own(model: Any, replay: RouterReplay) -> tuple[bool, str]:

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bad_input import BadInput
+from .bad_input import BadInput, check_writable
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their options."""
-    parser = argparse.ArgumentParser(prog="trl-r3", description="Rollout Routing Replay (R3) for TRL.")
+    parser = argparse.ArgumentParser(
+        prog="trl-r3",
+        description="Rollout Routing Replay (R3) for TRL.",
+        epilog="Exit status: 0 right; 1 it ran and something does not hold; 2 bad input.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="train a small mixture of experts on this CPU, without replay and with it")
@@ -30,9 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
     check.add_argument("--device", default="cpu", help="device to load it on (default: cpu)")
 
-    verify = commands.add_parser(
-        "verify", help="let an engine sample, and hold its routes against the training forward"
-    )
+    verify = commands.add_parser("verify", help="let an engine sample, and hold its routes against training")
     verify.add_argument("model", help="id on the Hugging Face Hub, a local folder, or that of a LoRA adapter")
     verify.add_argument(
         "--engine",
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments; those of the process by default.
 
     Returns:
-        `int`: Exit status.
+        `int`: Exit status: 0 if all is right, 1 if it ran and something does not hold, 2 for bad input, which is told
+        in one sentence.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -80,6 +83,7 @@ def _run(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
+    check_writable(args.output)
     demo.main(args.model, args.smoke, args.output)
     return 0
 
@@ -103,8 +107,10 @@ def _bench(args: argparse.Namespace) -> int:
         return gating.run(args.dry, args.device)
     from . import bench
 
-    bench.main(args.output)
-    return 0
+    if args.output is not None:
+        check_writable(args.output.parent)
+    findings = bench.main(args.output)
+    return 1 if any(finding.met is False for finding in findings) else 0
 
 
 if __name__ == "__main__":

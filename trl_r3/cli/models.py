@@ -50,7 +50,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu", *, downloads
         [`BadInput`]: If there is no such model, dtype or device, or if it is dense.
         `OSError`: If `downloads` is off and the weights are not on this machine.
     """
-    torch_dtype, place = dtype_of(dtype), _device(device)
+    torch_dtype, place = dtype_of(dtype), device_of(device)
     base = adapter_base(name)
     try:
         model = _from_pretrained(base or name, torch_dtype, downloads)
@@ -59,6 +59,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu", *, downloads
 
             model = PeftModel.from_pretrained(model, name)
         model = model.to(place).eval()
+    except BadInput:
+        raise
     except OSError as error:
         if not downloads:
             raise
@@ -78,7 +80,8 @@ def dtype_of(name: str) -> Any:
     return found
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """A device by its name, if it is here."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -134,7 +137,9 @@ def adapter_base(name: str) -> str | None:
 
 
 def _unloadable(name: str, error: Exception) -> str:
-    return f"{name} cannot be loaded: {first_line(error)}. Pass a folder with a model, or its id on the Hub."
+    is_path = Path(name).is_absolute() or name.startswith(".")
+    fact = "there is no such folder" if is_path and not Path(name).exists() else first_line(error)
+    return f"{name} cannot be loaded: {fact}. Pass a folder with a model, or its id on the Hub."
 
 
 def _from_pretrained(name: str, dtype: Any, downloads: bool) -> Any:

@@ -20,6 +20,7 @@ _WIDTHS: dict[str, Any] = {
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_experts_intermediate_size"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_hidden_size", "moe_latent_size"), 16),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "router_hidden_size"), 16),
+    **{"linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "initializer_range": 0.1,
     "num_mtp_layers": 0,
     "num_nextn_predict_layers": 0,
@@ -78,16 +79,18 @@ def narrow_twin(config: Any, name: str) -> Any:
 def narrow_config(config: Any, heads: int | None) -> Any:
     """The config with small widths, and with so many attention heads, if given."""
     narrow = copy.deepcopy(config)
-    values = {name: value for name, value in _WIDTHS.items() if getattr(narrow, name, None) is not None}
+    values = {name: value for name, value in _WIDTHS.items() if _has(narrow, name)}
     if heads is not None:
-        groups = {key: _keys_for(config, key, heads) for key in _KEY_HEADS if getattr(config, key, None)}
-        values |= {key: heads for key in _HEADS if getattr(config, key, None)} | groups
-        if getattr(config, "head_dim", None) is None and getattr(config, "num_attention_heads", None):
-            values.pop("head_dim", None)
+        values |= {key: heads for key in _HEADS if _has(config, key)}
+        values |= {key: _keys_for(config, key, heads) for key in _KEY_HEADS if _has(config, key)}
     for key, value in values.items():
         old = getattr(narrow, key)
         setattr(narrow, key, [value] * len(old) if isinstance(old, (list, tuple)) else value)
     return narrow
+
+
+def _has(config: Any, name: str) -> bool:
+    return getattr(config, name, None) is not None
 
 
 def _keys_for(config: Any, name: str, heads: int) -> int:

@@ -1,4 +1,4 @@
-"""`trl-r3 verify`: a few prompts through the engine, then the training forward, and whether every row is the right one.
+"""`trl-r3 verify`: a few prompts through the engine, then the training forward, and whether every row is right.
 
 Legend: B samples, C completion tokens, L MoE layers, K experts per token.
 """

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...engines.payloads import VLLM_FLAG
 from ...records.judgement import Verdict
-from ...records.storage import missing_rows
 from ...routers.router_replay import RouterReplay
 from ...trainers.metrics import extreme_token_frac, k3_kl
 from .rollout import VerifiedRollout
@@ -23,7 +22,7 @@ from .training import Gradients
 
 Status = Literal["right", "wrong", "not judged"]
 
-# Replayed rollouts in lower precision measured up to 2e-4, live ones 4e-3; wrong weights or log-probabilities far more.
+# Replayed rollouts in lower precision measured up to 2e-4, live ones 4e-3; wrong weights or scores give far more.
 MAX_K3 = 1e-2
 # Of the largest element of a gradient. The kinds of checkpointing run the same kernels: in practice they are equal.
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
