@@ -28,7 +28,7 @@ def assert_all_right(status, report):
     assert status == 0, report
     statuses = {what: each for what, (each, _) in found(report).items()}
     assert {what for what, each in statuses.items() if each == "not judged"} == {"live routing", "mismatch, live"}
-    assert found(report)["rows"][1].startswith("412 expected: 412 present")
+    assert found(report)["rows"][1].startswith("824 expected: 824 present")
     assert all(layer["other_ids"] == 0 and layer["agreement"] > 0.9 for layer in report["layers"])
 
 

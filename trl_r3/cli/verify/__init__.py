@@ -21,11 +21,11 @@ from ..models import LoadedModel, load_model
 from . import findings
 from .engines import continuous_rollout, server_rollout, transformers_rollout, vllm_rollout
 from .findings import Finding
-from .logprobs import logprobs_finding, other_temperatures
+from .logprobs import candidates, logprobs_finding
 from .report import Layer, Report, print_report
 from .rollout import Sampling, VerifiedRollout, generated_prompts
 from .rows import check_rollout_rows
-from .training import CHECKPOINTING, Batch, Scores, replayed_gradients, score, score_replayed
+from .training import CHECKPOINTING, Batch, replayed_gradients, score, score_replayed
 
 ENGINES = ("transformers", "continuous", "vllm", "server")
 
@@ -107,9 +107,9 @@ def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) 
     batch = Batch.of(rollout, rows.records, model.get_input_embeddings().weight.device)
     record = batch.record(replay)
     sampled = _padded(rollout.logprobs, batch.completion_mask)
-    others = other_temperatures(rollout.temperature)
-    live = score(model, batch, rollout.temperature, others)
-    replayed = score_replayed(model, replay, batch, rollout.temperature, others)
+    temperatures = candidates(rollout.temperature)
+    live = score(model, batch, temperatures)
+    replayed = score_replayed(model, replay, batch, temperatures)
     evidence = RoutingEvidence(replay.layout)
     for observation in replayed.observations:
         evidence.add(observation)
@@ -148,12 +148,16 @@ def _padded(values: Sequence[Tensor] | None, mask: Tensor) -> Tensor | None:
 
 
 def _mismatch(
-    live: Scores, replayed: Scores, rollout: VerifiedRollout, sampled: Tensor | None, mask: Tensor
+    live: dict[float, Tensor],
+    replayed: dict[float, Tensor],
+    rollout: VerifiedRollout,
+    sampled: Tensor | None,
+    mask: Tensor,
 ) -> list[Finding]:
     if sampled is None:
         return []
     both = (("mismatch, live", live, None), ("mismatch, replayed", replayed, findings.MAX_K3))
     return [
-        findings.mismatch_finding(what, scores.by_temperature[rollout.temperature], sampled, mask, bound)
+        findings.mismatch_finding(what, scores[rollout.temperature], sampled, mask, bound)
         for what, scores, bound in both
     ]

@@ -219,6 +219,10 @@ def gradients_finding(runs: dict[str, Gradients], record: Tensor, replay: Router
         if kind == "none":
             continue
         other = sum(executed_per_layer(run.executed, record, replay).values())
+        if run.error is not None:
+            facts.append(f"{kind}: {run.error}")
+            wrong.append(kind)
+            continue
         if run.values.keys() != own.keys():
             distance, tolerance = float("inf"), 0.0
         else:

@@ -5,35 +5,35 @@ Legend: B samples, C completion tokens.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .findings import Finding
 from .rollout import PROCESSED, VerifiedRollout
-from .training import Scores
 
 _NAME = "log-probabilities"
 _CLEARLY = 0.5  # another candidate has to fit with at most this share of the error
-_ERRORS = 5.0  # standard errors by which draws are told apart
+_LIKELIER = 7.0  # by so much (in nats) the draws have to be at one temperature: mistaken once in e^7 = 1,100 times
 
 _TEMPERATURE_REMEDY = "set the same temperature in the engine's sampling and in the trainer"
 _RAW_REMEDY = 'start the engine with `--logprobs-mode processed_logprobs` (`LLM(logprobs_mode="processed_logprobs")`)'
 
 
-def other_temperatures(temperature: float) -> tuple[float, ...]:
-    """What wrong sides would score with: no temperature, or it twice."""
-    return (1.0, temperature**2) if temperature != 1.0 else ()
+def candidates(temperature: float) -> tuple[float, ...]:
+    """The temperature of a rollout, and what a wrong side would score with: none, or it twice."""
+    return (temperature, 1.0, temperature**2) if temperature != 1.0 else (1.0,)
 
 
-def logprobs_finding(rollout: VerifiedRollout, scores: Scores, sampled: Tensor | None, mask: Tensor) -> Finding:
+def logprobs_finding(
+    rollout: VerifiedRollout, scores: dict[float, Tensor], sampled: Tensor | None, mask: Tensor
+) -> Finding:
     """
     Hold the log-probabilities of a rollout against what training would say.
 
     Args:
         rollout ([`VerifiedRollout`]):
             The rollout.
-        scores ([`Scores`]):
-            Of a replayed forward.
+        scores (`dict[float, torch.Tensor]` of shape `(B, C)` each):
+            Of a replayed forward, at each of [`candidates`].
         sampled (`torch.Tensor` of shape `(B, C)`, *optional*):
             Log-probabilities of the rollout.
         mask (`torch.BoolTensor` of shape `(B, C)`):
@@ -52,9 +52,9 @@ def logprobs_finding(rollout: VerifiedRollout, scores: Scores, sampled: Tensor |
         )
     mask = mask & ~sampled.isnan()
     own = rollout.temperature
-    errors = {each: _error(scores.by_temperature[each], sampled, mask) for each in scores.by_temperature}
-    moved = _moved_error(scores.by_temperature[own], sampled, mask)
-    drawn = _drawn_at(scores, own, mask)
+    errors = {each: _error(values, sampled, mask) for each, values in scores.items()}
+    moved = _moved_error(scores[own], sampled, mask)
+    drawn = _drawn_at(scores, mask)
     seen = f"mean distance {errors[own]:.1e} at temperature {own:g}, drawn at {_text(drawn)}"
     if rollout.logprobs_mode is not None:
         seen += f", the engine says {rollout.logprobs_mode}"
@@ -75,8 +75,9 @@ def logprobs_finding(rollout: VerifiedRollout, scores: Scores, sampled: Tensor |
             _NAME,
             "wrong",
             seen,
-            f"temperature on one side: tokens were drawn at {drawn:g}, but scored at {own:g}",
-            _TEMPERATURE_REMEDY,
+            f"temperature on one side: tokens were drawn at {drawn:g}, but scored at {own:g}; or the engine truncates "
+            "the distribution",
+            f"{_TEMPERATURE_REMEDY}, and neither top-p, top-k nor min-p",
         )
     if rollout.logprobs_mode not in (None, PROCESSED):
         return Finding(_NAME, "wrong", seen, "raw log-probabilities: they do not know the temperature", _RAW_REMEDY)
@@ -112,19 +113,12 @@ def _moved_error(train: Tensor, sampled: Tensor, mask: Tensor) -> float:
     return min(later, earlier)
 
 
-def _drawn_at(scores: Scores, own: float, mask: Tensor) -> float | None:
+def _drawn_at(scores: dict[float, Tensor], mask: Tensor) -> float | None:
     """The temperature that the tokens were drawn at, among those that were scored; `None` where they cannot tell."""
-    observed, count = scores.by_temperature[own][mask].double(), int(mask.sum())
-    fits, means = [], []
-    for each, (mean, variance) in scores.surprise.items():
-        error = variance[mask].double().sum().clamp_min(0).sqrt() / count
-        expected = mean[mask].double().mean()
-        means.append((expected, error))
-        if abs(observed.mean() - expected) <= _ERRORS * error:
-            fits.append(each)
-    (expected, error), others = means[0], means[1:]
-    tells = all(abs(other - expected) > _ERRORS * torch.maximum(error, spread) for other, spread in others)
-    return fits[0] if tells and fits else None
+    likelihoods = {each: float(values[mask].double().sum()) for each, values in scores.items()}
+    best = max(likelihoods, key=likelihoods.__getitem__)
+    others = [value for each, value in likelihoods.items() if each != best]
+    return best if others and likelihoods[best] - max(others) >= _LIKELIER else None
 
 
 def _text(drawn: float | None) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor
 TEMPERATURE = 0.7  # other than 1, so that a side that forgets it is seen
 PROCESSED = "processed_logprobs"
 
-_PROMPTS, _SHARED, _NEW_TOKENS = 8, 16, 32
+_PROMPTS, _SHARED, _NEW_TOKENS = 16, 16, 32
+_LONGEST = 8  # tokens of a prompt behind what they share
 
 
 @dataclass
@@ -97,5 +98,5 @@ def generated_prompts(model: Any) -> list[list[int]]:
     low, high = max(1, size // 8), max(3, size // 2)
     draws = torch.Generator().manual_seed(0)
     shared = torch.randint(low, high, (_SHARED,), generator=draws).tolist()
-    own = torch.randint(low, high, (_PROMPTS, _PROMPTS), generator=draws).tolist()
-    return [shared + tail[: 1 + i] for i, tail in enumerate(own)]
+    own = torch.randint(low, high, (_PROMPTS, _LONGEST), generator=draws).tolist()
+    return [shared + tail[: 1 + i % _LONGEST] for i, tail in enumerate(own)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...records.checks import sound_rows
 from ...records.layout import MISSING, RoutingLayout, select_moe_layers
-from ...records.storage import missing_rows, pack
+from ...records.storage import pack
 from .rollout import VerifiedRollout
 
 
@@ -69,46 +69,43 @@ def check_rollout_rows(rollout: VerifiedRollout, layout: RoutingLayout) -> Check
     pairs = zip(rollout.prompt_ids, rollout.completion_ids, strict=True)
     for sample, ((prompt, completion), ids) in enumerate(zip(pairs, rollout.routes, strict=True)):
         count = len(prompt) + len(completion) - 1
-        _check_sample(checked, _readable(ids, layout, sample, checked), count, layout, sample)
+        rows = torch.full((count, len(layout.moe_layers), layout.top_k), MISSING)
+        checked.expected += count
+        try:
+            if ids is not None:
+                readable = _readable(ids, count, layout)
+                rows[: len(readable)] = readable
+        except ValueError as error:
+            checked.refused.append(f"sample {sample}: {error}")
+            checked.invalid += count
+            checked.records.append(pack(rows, layout))
+        else:
+            _check_sample(checked, rows, layout)
     return checked
 
 
-def _readable(
-    ids: np.ndarray | Tensor | None, layout: RoutingLayout, sample: int, checked: CheckedRows
-) -> Tensor | None:
-    """(R, L, K) of `torch.int64`, or `None` where nothing can be read."""
-    if ids is None:
-        return None
+def _readable(ids: np.ndarray | Tensor, count: int, layout: RoutingLayout) -> Tensor:
+    """(R, L, K) of `torch.int64`, at most `count` rows."""
     if isinstance(ids, np.ndarray):
-        ids = torch.from_numpy(ids.astype(np.int64))
-    try:
-        if ids.ndim != 3:
-            raise ValueError(f"`routed_experts` has {ids.ndim} dimensions, shape {tuple(ids.shape)}, expected 3.")
-        selected = select_moe_layers(ids, layout)
-    except ValueError as error:
-        checked.refused.append(f"sample {sample}: {error}")
-        return None
+        ids = torch.from_numpy(ids.astype(np.int64) if ids.dtype != np.uint8 else ids)
+    if ids.ndim != 3 or ids.shape[0] > count + 1:
+        raise ValueError(
+            f"`routed_experts` has shape {tuple(ids.shape)} for {count + 1} tokens, expected {count} rows of layers "
+            "and experts."
+        )
+    selected = select_moe_layers(ids, layout)
     if selected.dtype == torch.uint8 and layout.missing != MISSING:
-        selected = selected.long().masked_fill(selected == layout.missing, MISSING)
-    return selected.long()
+        return selected[:count].long().masked_fill(selected[:count] == layout.missing, MISSING)
+    return selected[:count].long()  # a T-th row was never routed
 
 
-def _check_sample(checked: CheckedRows, ids: Tensor | None, count: int, layout: RoutingLayout, sample: int) -> None:
-    shape = (count, len(layout.moe_layers), layout.top_k)
-    rows = torch.full(shape, MISSING)
-    if ids is not None and ids.shape[0] > count + 1:
-        checked.refused.append(f"sample {sample}: {ids.shape[0]} rows for {count + 1} tokens, expected {count}.")
-        checked.expected, checked.invalid = checked.expected + count, checked.invalid + count
-        checked.records.append(pack(rows, layout))
-        return
-    if ids is not None:
-        rows[: ids.shape[0]] = ids[:count]  # a T-th row was never routed
+def _check_sample(checked: CheckedRows, rows: Tensor, layout: RoutingLayout) -> None:
+    count = len(rows)
     missing_R = (rows == MISSING).flatten(1).all(1)
     unsound_RL = ~sound_rows(rows, layout.num_experts) & ~missing_R[:, None]
     invalid_R = unsound_RL.any(1)
     there = (~missing_R).nonzero()[:, 0]
     first, last = (int(there[0]), int(there[-1])) if len(there) else (0, -1)
-    checked.expected += count
     checked.missing += int(missing_R.sum())
     checked.missing_at_start += first
     checked.missing_at_end += count - 1 - last
@@ -120,8 +117,3 @@ def _check_sample(checked: CheckedRows, ids: Tensor | None, count: int, layout: 
         layer = layout.moe_layers[int(unsound_RL.any(0).nonzero()[0])]
         checked.lowest_invalid_layer = min(layer, checked.lowest_invalid_layer or layer)
     checked.records.append(pack(rows.masked_fill(invalid_R[:, None, None], MISSING), layout))
-
-
-def recorded(record: Tensor, layout: RoutingLayout) -> Tensor:
-    """Which rows of a packed record (R, L, K) are there."""
-    return ~missing_rows(record, layout)

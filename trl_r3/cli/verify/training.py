@@ -7,7 +7,7 @@ N = B * T.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,73 +66,44 @@ class Batch:
         return unpack(self.source(replay).take(*self.input_ids.shape), replay.layout)
 
 
-@dataclass
-class Scores:
-    """
-    What one forward says about the sampled tokens.
-
-    Args:
-        by_temperature (`dict[float, torch.Tensor]` of shape `(B, C)` each):
-            Log-probabilities of the sampled tokens, by what the logits are divided by.
-        surprise (`dict[float, torch.Tensor]` of shape `(2, B, C)` each):
-            Mean and variance of the log-probability of a token that is drawn at that temperature and scored at the
-            one of the rollout.
-    """
-
-    by_temperature: dict[float, Tensor]
-    surprise: dict[float, Tensor]
-
-
 @torch.no_grad()
-def score(model: Any, batch: Batch, temperature: float, others: tuple[float, ...]) -> Scores:
+def score(model: Any, batch: Batch, temperatures: Sequence[float]) -> dict[float, Tensor]:
     """
-    Score a rollout as TRL does: logits over the temperature, the whole vocabulary.
+    Score the sampled tokens as TRL does: logits over the temperature, the whole vocabulary.
 
     Args:
         model (`torch.nn.Module`):
             The policy.
         batch ([`Batch`]):
             The rollout.
-        temperature (`float`):
-            That of the rollout.
-        others (`tuple[float, ...]`):
-            What else to score with.
+        temperatures (sequence of `float`):
+            What to divide the logits by.
 
     Returns:
-        [`Scores`].
+        `dict[float, torch.Tensor]` of shape `(B, C)` each: By temperature.
     """
     logits = model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
     logits = logits[:, batch.prompt_width - 1 : -1].float()
     sampled = batch.input_ids[:, batch.prompt_width :, None]
-    own = (logits / temperature).log_softmax(-1)
-    by_temperature, surprise = {}, {}
-    for each in (temperature, *others):
-        logprobs = (logits / each).log_softmax(-1)
-        by_temperature[each] = logprobs.gather(-1, sampled)[..., 0].cpu()
-        drawn = logprobs.exp()
-        mean = (drawn * own).sum(-1)
-        surprise[each] = torch.stack([mean, (drawn * own.square()).sum(-1) - mean.square()]).cpu()
-    return Scores(by_temperature, surprise)
+    return {each: (logits / each).log_softmax(-1).gather(-1, sampled)[..., 0].cpu() for each in temperatures}
 
 
 @dataclass
 class ReplayedScores:
     """What a replayed forward gives beside its scores."""
 
-    scores: Scores
+    scores: dict[float, Tensor]  # as of [`score`]
     observations: list[Observation]
     executed: dict[int, list[Tensor]]  # by decoder layer, (N, K) a call
     changed: int  # (row, layer) pairs in which live routing would have differed
     compared: int  # pairs
 
 
-def score_replayed(
-    model: Any, replay: RouterReplay, batch: Batch, temperature: float, others: tuple[float, ...]
-) -> ReplayedScores:
+def score_replayed(model: Any, replay: RouterReplay, batch: Batch, temperatures: Sequence[float]) -> ReplayedScores:
     """As [`score`], through the recorded experts."""
     source = batch.source(replay, observes=True)
     with watch_experts(model, replay) as executed, replay.replay_from(source) as stats:
-        scores = score(model, batch, temperature, others)
+        scores = score(model, batch, temperatures)
     layers = len(replay.moe_layers)
     return ReplayedScores(
         scores, source.observations, executed, int(stats.changed_routers), int(stats.compared_tokens) * layers
@@ -201,10 +172,13 @@ class Gradients:
             Of routers and input embedding, by name.
         executed (`dict[int, list[torch.Tensor]]`):
             As in [`ReplayedScores`], of the forward and of the recompute.
+        error (`str`, *optional*):
+            What backward raised instead.
     """
 
     values: dict[str, Tensor]
     executed: dict[int, list[Tensor]]
+    error: str | None = None
 
 
 def replayed_gradients(model: Any, replay: RouterReplay, batch: Batch, kind: str) -> Gradients:
@@ -223,7 +197,10 @@ def replayed_gradients(model: Any, replay: RouterReplay, batch: Batch, kind: str
                 logits = model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
             logits = logits[:, batch.prompt_width - 1 : -1].float()
             picked = logits.log_softmax(-1).gather(-1, batch.input_ids[:, batch.prompt_width :, None])[..., 0]
-            (-picked[batch.completion_mask.to(device)].mean()).backward()
+            try:
+                (-picked[batch.completion_mask.to(device)].mean()).backward()
+            except RuntimeError as error:  # a recompute that is not what its forward was
+                return Gradients({}, executed, str(error).splitlines()[0])
         values = {name: p.grad.detach().clone() for name, p in wanted.items() if p.grad is not None}
     return Gradients(values, executed)
 
