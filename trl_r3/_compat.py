@@ -60,17 +60,6 @@ def pipeline_size(model: nn.Module) -> int:
     return len(stages) + 1 if isinstance(stages, list) else getattr(distributed, "pp_size", None) or 1
 
 
-def set_checkpointing(model: Any, kwargs: dict[str, bool] | None) -> None:
-    """
-    Switch activation checkpointing of a Transformers model on, with these arguments, or off. Goes when no Transformers
-    is supported that only knows it as `gradient_checkpointing_enable`.
-    """
-    verb = "disable" if kwargs is None else "enable"
-    names = (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}")
-    switch = next(getattr(model, name) for name in names if hasattr(model, name))
-    switch(*(() if kwargs is None else (kwargs,)))
-
-
 def is_compiled(model: nn.Module) -> bool:
     """
     Whether `torch.compile` runs this module without its Python forward. Goes when PyTorch has a public way to ask.
@@ -81,6 +70,17 @@ def is_compiled(model: nn.Module) -> bool:
 def uses_kernels(model: Any) -> bool:
     """Whether `use_kernels=True` replaced forwards of the model. Goes when Transformers has a public attribute."""
     return bool(getattr(model, "_use_kernels", False))
+
+
+def set_checkpointing(model: Any, kwargs: dict[str, bool] | None) -> None:
+    """
+    Switch activation checkpointing of a Transformers model on, with these arguments, or off. Goes when no Transformers
+    is supported that only knows it as `gradient_checkpointing_enable`.
+    """
+    verb = "disable" if kwargs is None else "enable"
+    names = (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}")
+    switch = next(getattr(model, name) for name in names if hasattr(model, name))
+    switch(*(() if kwargs is None else (kwargs,)))
 
 
 def uses_prompt_learning(model: nn.Module) -> bool:
