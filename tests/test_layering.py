@@ -92,10 +92,10 @@ def test_only_trainers_know_trl(path):
 
 
 def test_pure_tensors():
-    """The record as data imports nothing but PyTorch and NumPy."""
+    """The record as data imports nothing but PyTorch, NumPy and what its file is made of."""
     standard = set(sys.stdlib_module_names)
     for path in (PACKAGE / "records").glob("*.py"):
-        assert tops(path) - standard <= {"torch", "numpy", "trl_r3"}
+        assert tops(path) - standard <= {"torch", "numpy", "safetensors", "trl_r3"}
 
 
 def test_public_names():

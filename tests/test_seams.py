@@ -32,10 +32,10 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.generation import vllm_client, vllm_generation
 from trl.import_utils import is_vllm_available
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad
+from trl.trainer.utils import add_fused_lm_head, pad
 
 import trl_r3
-from trl_r3._compat import checkpoint_functions, uses_kernels
+from trl_r3._compat import checkpoint_functions, implementations, uses_kernels
 from trl_r3.trainers.construction import _NEEDED
 
 PACKAGE = Path(trl_r3.__file__).parent
@@ -310,6 +310,24 @@ SEAMS = [
     ),
     Seam("_compat.py", "torch.distributed keeps checkpoint_fn", lambda: checkpointed("checkpoint_fn")),
     Seam("_compat.py", "PreTrainedModel._use_kernels", kernels_are_seen),
+    Seam(
+        "_compat.py",
+        "PreTrainedConfig._attn_implementation, ._experts_implementation",
+        lambda: implementations(build_tiny("qwen3_moe"))[0] in ("sdpa", "eager"),
+    ),
+    Seam(
+        "trainers/verify_trace.py",
+        "trl.trainer.utils.add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)",
+        lambda: takes(add_fused_lm_head, "model", "*", "temperature", "cast_lm_head_to_fp32", "outputs"),
+    ),
+    *(
+        Seam(
+            "trainers/verify_trace.py",
+            f"{trainer.__name__} scores with fused_lm_head=True and outputs log_probs, entropy",
+            lambda t=trainer: "fused_lm_head=True" in inspect.getsource(getattr(t, SCORES)),
+        )
+        for trainer in (trl.GRPOTrainer, trl.RLOOTrainer)
+    ),
     Seam("_compat.py", "torch.nn.Module._compiled_call_impl", compiled_calls_are_seen),
     Seam("_compat.py", "accelerate.cpu_offload sets _hf_hook.execution_device", offloading_is_seen),
     Seam(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .gating import GatingOutput, RowStatus, masked_topk_gating
     from .records.checks import MisalignedRecordError
     from .records.layout import RoutingLayout
+    from .records.trace_file import load_trace
     from .routers.router_replay import RouterReplay
     from .routers.self_check import UnsupportedRouterError
     from .trainers.gmpo import R3GMPOConfig, R3GMPOTrainer
@@ -26,6 +27,7 @@ _ROOMS = {
     "gating": ("GatingOutput", "RowStatus", "masked_topk_gating"),
     "records.checks": ("MisalignedRecordError",),
     "records.layout": ("RoutingLayout",),
+    "records.trace_file": ("load_trace",),
     "routers.router_replay": ("RouterReplay",),
     "routers.self_check": ("UnsupportedRouterError",),
     "trainers.gmpo": ("R3GMPOConfig", "R3GMPOTrainer"),
@@ -58,6 +60,7 @@ __all__ = [
     "enable_routing_replay",
     "extreme_token_frac",
     "k3_kl",
+    "load_trace",
     "masked_topk_gating",
     "stitch",
 ]

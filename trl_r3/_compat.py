@@ -83,6 +83,14 @@ def set_checkpointing(model: Any, kwargs: dict[str, bool] | None) -> None:
     switch(*(() if kwargs is None else (kwargs,)))
 
 
+def implementations(model: Any) -> tuple[str, str]:
+    """
+    How a model computes attention, and its experts. Goes when Transformers has public attributes for what was chosen.
+    """
+    config = model.config
+    return str(config._attn_implementation), str(getattr(config, "_experts_implementation", None))
+
+
 def uses_prompt_learning(model: nn.Module) -> bool:
     """
     Whether an adapter prepends tokens of its own, which no engine returns routes for. Goes when PEFT tells more than

@@ -172,6 +172,7 @@ class ReplayingPass(RecordingPass):
         """
         self._check_fired()
         changed, executed_LNK = [], self.replayed_LNK
+        order = [*sorted(self.live), *sorted(self.status)]
         if self.live:
             layers = sorted(self.live)
             live_NLK = self._stacked(self.live).to(self.replayed_LNK.device)
@@ -187,7 +188,9 @@ class ReplayingPass(RecordingPass):
             changed.append(self._stacked(self.status).to(self.replayed_LNK.device) == RowStatus.DIFFERS_LIVE)
             self.status = {}
         self.executed_LNK = executed_LNK
-        return changed[0] if len(changed) == 1 else torch.cat(changed, dim=1)
+        if len(changed) == 1:
+            return changed[0]
+        return torch.cat(changed, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
 
 
 @dataclass
@@ -226,6 +229,7 @@ class ReplayStats:
     recorded_tokens: Tensor | int = 0  # tokens with a record
     compared_tokens: Tensor | int = 0  # those that are attended to
     changed_routers: Tensor | int = 0  # (token, layer) pairs whose live set differs from the recorded one
+    changed_by_layer: Tensor | int = 0  # (L,) such pairs of each layer
     changed_tokens: Tensor | int = 0  # tokens with at least one such layer
 
     def add(self, changed_NL: Tensor, recorded_N: Tensor, attended_N: Tensor | None) -> None:
@@ -235,7 +239,8 @@ class ReplayStats:
         self.forwards += 1
         self.recorded_tokens = self.recorded_tokens + recorded_N.sum()
         self.compared_tokens = self.compared_tokens + compared_N.sum()
-        self.changed_routers = self.changed_routers + changed_NL.sum()
+        self.changed_by_layer = self.changed_by_layer + (changed_L := changed_NL.sum(0))
+        self.changed_routers = self.changed_routers + changed_L.sum()
         self.changed_tokens = self.changed_tokens + changed_NL.any(1).sum()
 
 

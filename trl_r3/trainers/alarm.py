@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ..records.checks import MisalignedRecordError
 from ..records.evidence import Observation, RoutingEvidence
+from ..records.judgement import Verdict
 from ..records.layout import RoutingLayout
 
 
@@ -28,6 +29,7 @@ class Alarm:
         self.action = action if judges else "off"
         self.layout = layout
         self.evidence = RoutingEvidence(layout)
+        self.seen: Verdict | None = None  # the last statistics, until somebody takes them
         self._said = False
 
     def check(
@@ -52,7 +54,7 @@ class Alarm:
             fresh.add(observation)
             self.evidence.add(observation)
         if fresh.rows:
-            seen = fresh.statistics()
+            seen = self.seen = fresh.statistics()
             for name, value in (("agreement", seen.agreement), ("contrast", seen.contrast)):
                 if not math.isnan(value):
                     log(f"routing_replay/{name}", value, 1.0)

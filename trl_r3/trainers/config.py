@@ -38,6 +38,11 @@ class RoutingReplayConfigMixin:
             What a record that does not fit its tokens gets, before the optimizer moves: `"error"`, `"warn"` or
             `"off"`. Records of vLLM and of a `rollout_func` are judged; those that this package makes itself are only
             logged.
+        routing_replay_trace_dir (`str`, *optional*):
+            Folder to write rollouts to, each with its records, log-probabilities and what the forward depended on:
+            one file a process and step, for [`load_trace`], `trl-r3 verify --trace` and `trl-r3 report`.
+        routing_replay_trace_every (`int`, *optional*, defaults to `1`):
+            Write one every so many steps.
     """
 
     use_routing_replay: bool = field(
@@ -88,6 +93,14 @@ class RoutingReplayConfigMixin:
             "choices": list(ALARMS),
         },
     )
+    routing_replay_trace_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder to write rollouts to, each with its records, log-probabilities and what the forward "
+            "depended on: one file a process and step, for load_trace, trl-r3 verify --trace and trl-r3 report."
+        },
+    )
+    routing_replay_trace_every: int = field(default=1, metadata={"help": "Write a trace every so many steps."})
 
 
 def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
@@ -129,6 +142,17 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
         raise ValueError(
             f"`routing_replay_compare_every` is {args.routing_replay_compare_every}, but it counts steps. Set "
             f"`routing_replay_compare_every=0` to never compare."
+        )
+    every = args.routing_replay_trace_every
+    if every < 1 or every != int(every):
+        raise ValueError(
+            f"`routing_replay_trace_every` is {every}, but it counts steps, from 1 on. Set "
+            "`routing_replay_trace_dir=None` to write no traces."
+        )
+    if args.routing_replay_trace_dir is not None and not args.use_routing_replay:
+        raise ValueError(
+            f"`routing_replay_trace_dir` is {args.routing_replay_trace_dir!r}, but without replay there are no records "
+            "to write. Set `use_routing_replay=True`, or `routing_replay_trace_dir=None`."
         )
     if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
         raise ValueError(

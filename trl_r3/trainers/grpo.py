@@ -28,6 +28,10 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
             `"intercept"`, `"op"`, or the op where its compiled kernels are installed and cover the gate.
         routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
             What a record that does not fit its tokens gets: `"error"`, `"warn"` or `"off"`.
+        routing_replay_trace_dir (`str`, *optional*):
+            Folder to write rollouts and their records to.
+        routing_replay_trace_every (`int`, *optional*, defaults to `1`):
+            Write one every so many steps.
 
     Example:
 

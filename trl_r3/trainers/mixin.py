@@ -27,6 +27,7 @@ from .construction import check_parent, check_setup
 from .guarded_steps import GuardedStepsMixin
 from .rollout import Rollout, Scoring
 from .together import raise_together
+from .tracing import Tracer
 
 
 class RoutingReplayMixin(GuardedStepsMixin):
@@ -42,6 +43,7 @@ class RoutingReplayMixin(GuardedStepsMixin):
         check_parent(type(self), RoutingReplayMixin)
         self._attached_replay: RouterReplay | None = None
         self._alarm: Alarm | None = None
+        self._tracer: Tracer | None = None
         self._evaluates = False
         self._turns: list[Turn] = []
         self._rollout_error: Exception | None = None
@@ -78,7 +80,7 @@ class RoutingReplayMixin(GuardedStepsMixin):
     def _detach(self) -> None:
         if self._attached_replay is not None:
             self._attached_replay.remove()
-        self._attached_replay = self._alarm = None
+        self._attached_replay = self._alarm = self._tracer = None
 
     def _prepare_for_training(self, *args, **kwargs):
         """Of Transformers, when weights are sharded and kernels replaced: here the routers are as they will train."""
@@ -87,6 +89,7 @@ class RoutingReplayMixin(GuardedStepsMixin):
             self._attach()
             layout, action = self.routing_replay.layout, self.args.routing_replay_alarm
             self._alarm = Alarm(layout, action, judges=self._has_foreign_records)
+            self._tracer = Tracer(self)
         return prepared
 
     @property
@@ -196,6 +199,8 @@ class RoutingReplayMixin(GuardedStepsMixin):
     def _generate_and_score_completions(self, inputs):
         if not self._replays_now:
             return super()._generate_and_score_completions(inputs)
+        assert self._tracer is not None  # attached
+        self._tracer.begin()
         # reward functions may do what they like with the policy: this is no update
         with self._scores(Scoring()) as scoring, swapped(self.routing_replay, "guard", None):
             output = super()._generate_and_score_completions(inputs)
@@ -207,10 +212,12 @@ class RoutingReplayMixin(GuardedStepsMixin):
                 output["rollout_logprobs"] = self._padded_like(rollout.logprobs, output["completion_ids"])
             self._check_rollout(rollout, scoring)
             self._log_mismatch(output, scoring.old_logprobs)
+        live_logprobs = None
         if self._compare_is_due():
             live_logprobs = self._score_live(output)
             self._log_mismatch(output, live_logprobs, prefix="sampling/live")
             self._warn_if_worse(output, scoring.old_logprobs, live_logprobs)
+        self._tracer.rolled_out(rollout.samples, output, scoring.old_logprobs, live_logprobs)
         return output
 
     def _check_rollout(self, rollout: Rollout, scoring: Scoring) -> None:
@@ -259,11 +266,14 @@ class RoutingReplayMixin(GuardedStepsMixin):
         observes = scoring.inputs is None or self._updates_first(scoring)
         scoring.batch = batch = ScoredBatch(scoring.samples, prompt_width, self.routing_replay.layout, observes)
         batch.check_batch(input_ids)
-        with self.routing_replay.replay_from(batch) as stats:
+        assert self._tracer is not None  # attached
+        source = self._tracer.source(batch, scoring)
+        with self.routing_replay.replay_from(source) as stats:
             result = score()
         batch.check_done()
         if scoring.inputs is None:
             scoring.old_logprobs = result[0]
+            self._tracer.scored(source, stats, result[0])
             return result
         self._log_replay(stats, batch)
         if not scoring.has_old_policy:  # no update has happened since the rollout
@@ -271,6 +281,7 @@ class RoutingReplayMixin(GuardedStepsMixin):
         if observes:
             assert self._alarm is not None  # attached
             raise_together(self.accelerator, self._alarm.check(batch.observations, self._add_share))
+        self._tracer.scored(source, stats, result[0])
         return result
 
     def _updates_first(self, scoring: Scoring) -> bool:
