@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_r3 import R3GRPOConfig, R3RLOOTrainer, load_trace
+from trl_r3 import R3GRPOConfig, load_trace
 from trl_r3.records.trace_file import find_traces
 from trl_r3.trainers.verify_trace import verify_trace
 
@@ -66,10 +66,11 @@ def test_every_step_is_reproduced_bit_for_bit(qwen3, traced, gap, updates, dtype
     assert not verify_trace(other, trace).matches
 
 
-def test_a_trace_holds_what_the_run_did(qwen3, traced, gap):
+@pytest.mark.parametrize("rollout", ["rounded", "scrambled"])
+def test_a_trace_holds_what_the_run_did(qwen3, traced, gap, rollout):
     """Against what was watched from outside: tokens, log-probabilities, routes and load."""
     trainer, paths, _ = traced(
-        qwen3(), while_generating=gap["scrambled"], routing_replay_compare_every=1, max_steps=1, num_iterations=2
+        qwen3(), while_generating=gap[rollout], routing_replay_compare_every=1, max_steps=1, num_iterations=2
     )
     (path,), old = paths, trainer.of("old policy")[0]
     trace, live = load_trace(path), trainer.of("comparison")[0]
@@ -84,7 +85,7 @@ def test_a_trace_holds_what_the_run_did(qwen3, traced, gap):
         assert torch.equal(sample.tokens, old.input_ids[row, start : start + len(sample.tokens)])
         assert torch.equal(train, old.logps[row, :width]) and torch.equal(compared, live.logps[row, :width])
         assert torch.equal(sample.record.long(), watched.rows)
-        assert torch.allclose(rollout, watched.logps, atol=1e-5)
+        assert torch.allclose(rollout.double(), watched.logps, atol=1e-5)
         assert masks.eq(3).all()
         for layer in range(load.shape[0]):
             ids = routes[row, start : start + len(sample.record), layer]
@@ -124,13 +125,6 @@ def test_adapters(qwen3, traced):
     trace = load_trace(paths[-1])
     trainer.model.load_state_dict(weights[trace.facts.step])
     assert verify_trace(trainer.model, trace).matches
-
-
-def test_rloo(qwen3, traced):
-    _, paths, weights = traced(qwen3(), trainer_class=R3RLOOTrainer, max_steps=1)
-    trace, other = load_trace(paths[0]), qwen3(seed=1)
-    other.load_state_dict(weights[0])
-    assert verify_trace(other, trace).matches
 
 
 def test_threads_are_those_of_the_trace(qwen3, traced, monkeypatch):
@@ -176,6 +170,18 @@ def test_only_so_many_steps_are_traced(qwen3, traced):
     assert [path.name for path in paths] == [f"step-0000000{step}-rank-00000.safetensors" for step in (0, 2, 4)]
 
 
+def test_a_full_disk_ends_tracing_and_not_the_run(qwen3, train, tmp_path, gap):
+    run = {"while_generating": gap["rounded"], "max_steps": 3}
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    full = traces / "step-00000001-rank-00000.part"
+    full.symlink_to("/dev/full")  # a device of Linux whose writes fail as a full disk does
+    with pytest.warns(RuntimeWarning, match=r"tracing ends at step 1, the run goes on: .*No space left on device"):
+        traced = train(qwen3(), routing_replay_trace_dir=str(traces), **run)
+    assert [path.name for path in traces.iterdir()] == ["step-00000000-rank-00000.safetensors"]
+    assert traced.losses == train(qwen3(), **run).losses and len(traced.losses) == 3
+
+
 def test_tracing_changes_no_bit_of_training(qwen3, train, tmp_path, gap):
     plain, traced = qwen3(), qwen3()
     run = {"while_generating": gap["rounded"], "learning_rate": 1e-2, **OLD_POLICY}
@@ -194,7 +200,7 @@ def test_tracing_changes_no_bit_of_training(qwen3, train, tmp_path, gap):
 )
 def test_bad_settings(settings, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        R3GRPOConfig(str(tmp_path), **{"use_routing_replay": True, **settings})
+        R3GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{"use_routing_replay": True, **settings})
 
 
 def test_a_folder_that_cannot_be_made(qwen3, train, tmp_path):
