@@ -75,6 +75,7 @@ class Tracer:
         self.directory = None if args.routing_replay_trace_dir is None else Path(args.routing_replay_trace_dir)
         self._last: int | None = None  # step of the last trace
         self._pending: Pending | None = None
+        self._conditions: dict[str, Any] | None = None  # which stay as they are
         if self.directory is not None:
             raise_together(trainer.accelerator, _made(self.directory))
 
@@ -202,6 +203,8 @@ class Tracer:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         layout = trainer.routing_replay.layout
         model = accelerator.unwrap_model(trainer.model)
+        if self._conditions is None:
+            self._conditions = conditions(model)
         counts = [sample.missing(layout) for sample in pending.samples]
         agreement, contrast = (_mean(column) for column in zip(*(pending.statistics or [(None, None)]), strict=True))
         return TraceFacts(
@@ -224,7 +227,7 @@ class Tracer:
             agreement=agreement,
             contrast=contrast,
             unreplayable=pending.unreplayable,
-            **conditions(model),
+            **self._conditions,
         )
 
 

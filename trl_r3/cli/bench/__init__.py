@@ -22,6 +22,7 @@ from .fidelity import mismatch, own_record
 from .launches import launches
 from .records import record_making
 from .setup import BenchSettings, Finding
+from .trace import trace_cost
 
 __all__ = ["BenchSettings", "Finding", "main"]
 
@@ -30,6 +31,7 @@ PARTS: tuple[Callable[[BenchSettings], list[Finding]], ...] = (
     generation_cost,
     launches,
     alarm_cost,
+    trace_cost,
     storage,
     mismatch,
     own_record,

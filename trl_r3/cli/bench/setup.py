@@ -34,6 +34,8 @@ class BenchSettings:
             Sequences of the mismatch.
         alarm_rounds (`int`):
             Number of judgements that are timed.
+        trace_rounds (`int`):
+            Number of traces that are timed.
         launch_layers, launch_rounds (`int`):
             Layers of the model that sees few tokens, and number of measurements of each way.
         rollout_samples, rollout_tokens (`int`):
@@ -52,6 +54,7 @@ class BenchSettings:
     pairs: int = 30
     scored: int = 32
     alarm_rounds: int = 10
+    trace_rounds: int = 10
     launch_layers: int = 24
     launch_rounds: int = 200
     rollout_samples: int = 64
