@@ -53,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     gating = parts.add_parser("gating", help="measure the gating op instead, on a GPU")
     gating.add_argument("--dry", action="store_true", help="few tokens and repeats: the times mean nothing")
     gating.add_argument("--device", choices=("cpu", "cuda"), default=None, help="device to measure (default: cuda)")
+
+    report = commands.add_parser("report", help="draw what a run's traces and log say about its routing")
+    report.add_argument("folder", type=Path, help="the `output_dir` of a run, or a folder with traces")
+    report.add_argument("--output", type=Path, default=None, help="folder to write to (default: inside the first)")
     return parser
 
 
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    return {"demo": _demo, "check": _check, "verify": _verify, "bench": _bench}[args.command](args)
+    return {"demo": _demo, "check": _check, "verify": _verify, "bench": _bench, "report": _report}[args.command](args)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -111,6 +115,12 @@ def _bench(args: argparse.Namespace) -> int:
         check_writable(args.output.parent)
     findings = bench.main(args.output)
     return 1 if any(finding.met is False for finding in findings) else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from . import report
+
+    return report.main(args.folder, args.output)
 
 
 if __name__ == "__main__":

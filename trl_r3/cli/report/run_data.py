@@ -1,0 +1,188 @@
+"""What a run left behind: its traces, step by step, and its log.
+
+Legend: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...records.trace import Trace, TraceFacts
+from ...records.trace_file import find_traces, load_trace
+from ...records.trace_summary import StepSummary, summarise
+
+# those of `trl_r3.trainers.log`, which takes seconds to import
+METRICS = (
+    *(f"routing_replay/{name}_frac" for name in ("replayed", "missing", "changed_router", "changed_token")),
+    *(f"routing_replay/{name}" for name in ("agreement", "contrast")),
+    *(f"sampling/{way}{name}" for way in ("", "live/") for name in ("k3_kl", "extreme_token_frac")),
+)
+TAUS = (1.1, 1.5, 2.0)
+MAX_NAMED = 3  # unreadable files
+
+Curve = dict[int, float]  # by step
+
+
+@dataclass
+class RunData:
+    """
+    What there is to draw.
+
+    Args:
+        folder (`Path`):
+            Where it was found.
+        facts ([`TraceFacts`], *optional*):
+            Of the first trace.
+        steps (list of [`StepSummary`]):
+            Of the traces, ascending.
+        log (dict of `str` to dict of `int` to `float`):
+            By metric and step.
+        lacking (list of `str`):
+            What is not there, and what to do about it.
+    """
+
+    folder: Path
+    facts: TraceFacts | None = None
+    steps: list[StepSummary] = field(default_factory=list)
+    log: dict[str, Curve] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
+
+    def curve(self, name: str) -> Curve:
+        """A metric over steps: from the log, and where that lacks it, from the traces."""
+        traced = {_logged_at(step): value for step in self.steps if (value := _of_step(step, name)) is not None}
+        return dict(sorted({**traced, **self.log.get(name, {})}.items()))
+
+    def extreme(self, way: str, tau: float) -> Curve:
+        """F(tau) over steps of `"replayed"` or `"live"` routing."""
+        name = {"replayed": "sampling/extreme_token_frac", "live": "sampling/live/extreme_token_frac"}[way]
+        sums = {_logged_at(step): getattr(step, way) for step in self.steps}
+        traced = {at: each.extreme[tau] / each.tokens for at, each in sums.items() if each.tokens}
+        return dict(sorted({**traced, **(self.log.get(name, {}) if tau == 2.0 else {})}.items()))
+
+
+def _logged_at(step: StepSummary) -> int:
+    return step.step + 1  # TRL logs an update under the number of updates taken
+
+
+def _of_step(step: StepSummary, name: str) -> float | None:
+    pairs = step.compared_rows * len(step.changed)
+    parts = {
+        "routing_replay/changed_router_frac": (float(step.changed.sum()), pairs),
+        "routing_replay/missing_frac": (step.missing, step.rows),
+        "routing_replay/replayed_frac": (step.rows - step.missing, step.rows),
+        "routing_replay/agreement": (sum(step.agreements), len(step.agreements)),
+        "routing_replay/contrast": (sum(step.contrasts), len(step.contrasts)),
+        "sampling/k3_kl": (step.replayed.k3, step.replayed.tokens),
+        "sampling/live/k3_kl": (step.live.k3, step.live.tokens),
+    }
+    part, whole = parts.get(name, (0, 0))
+    return part / whole if whole else None
+
+
+def gather(folder: Path) -> RunData:
+    """
+    Read the traces and the log of a run.
+
+    Args:
+        folder (`Path`):
+            The `output_dir` of a run, or a folder with traces.
+
+    Returns:
+        [`RunData`].
+
+    Raises:
+        `ValueError`: If there is neither, or none that can be read; one sentence with the fact and the remedy.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Pass the `output_dir` of a run, or its `routing_replay_trace_dir`.")
+    data = RunData(folder)
+    paths = [path for each in (folder, *sorted(filter(Path.is_dir, folder.iterdir()))) for path in find_traces(each)]
+    if paths:
+        _read_traces(data, paths)
+    else:
+        data.lacking.append(
+            "There are no traces, so nothing is drawn by layer, by expert or by token. Train with "
+            "`routing_replay_trace_dir` set to a folder inside this one."
+        )
+    _read_log(data)
+    if not data.steps and not data.log:
+        raise ValueError(
+            f"{folder} holds neither traces (step-*.safetensors) nor a log of a run with replay "
+            "(trainer_state.json). Pass the `output_dir` of a run with `use_routing_replay=True`, or its "
+            "`routing_replay_trace_dir`."
+        )
+    _name_what_is_lacking(data)
+    return data
+
+
+def _read_traces(data: RunData, paths: list[Path]) -> None:
+    unreadable: list[str] = []
+
+    def traces() -> Iterator[Trace]:
+        for path in paths:
+            try:
+                yield load_trace(path, with_records=False)
+            except ValueError as error:
+                unreadable.append(str(error))
+
+    readable = list(traces())
+    if not readable:
+        raise ValueError(unreadable[0])
+    data.facts, data.steps = summarise(readable, TAUS)
+    data.lacking += unreadable[:MAX_NAMED]
+    if len(unreadable) > MAX_NAMED:
+        data.lacking.append(f"{len(unreadable) - MAX_NAMED} more traces could not be read either.")
+
+
+def _read_log(data: RunData) -> None:
+    states = sorted(data.folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_step)
+    own = data.folder / "trainer_state.json"
+    path = own if own.is_file() else states[-1] if states else None
+    if path is None:
+        data.lacking.append(
+            "There is no log (trainer_state.json), so curves have the traced steps only. Pass the `output_dir` of the "
+            "run, after a checkpoint or `trainer.save_state()`."
+        )
+        return
+    try:
+        history = json.loads(path.read_text())["log_history"]
+        entries = [(int(entry["step"]), entry) for entry in history]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no log of a trainer ({error!r}). Pass the `output_dir` of a run.") from error
+    for name in METRICS:
+        values = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
+        if values:
+            data.log[name] = values
+    if not data.log:
+        data.lacking.append(f"{path} has no metric of routing replay: that run was without `use_routing_replay`.")
+
+
+def _checkpoint_step(path: Path) -> int:
+    number = re.fullmatch(r"checkpoint-(\d+)", path.parent.name)
+    return int(number[1]) if number else -1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _name_what_is_lacking(data: RunData) -> None:
+    if not data.curve("sampling/k3_kl"):
+        data.lacking.append(
+            "There are no log-probabilities of the rollout, so its mismatch with training is not drawn: the engine "
+            "gave none, or samples from a truncated distribution (`top_p`, `top_k`, `min_p`)."
+        )
+    elif not data.curve("sampling/live/k3_kl"):
+        data.lacking.append(
+            "Live routing was not compared, so what replay changes is not drawn. Set `routing_replay_compare_every`."
+        )
+    if not data.curve("routing_replay/agreement"):
+        data.lacking.append(
+            "Agreement and contrast were not computed: no pass at the weights of a rollout looked at live routing."
+        )
