@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .trainers.gmpo import R3GMPOConfig, R3GMPOTrainer
     from .trainers.grpo import R3GRPOConfig, R3GRPOTrainer
     from .trainers.metrics import changed_router_frac, changed_token_frac, extreme_token_frac, k3_kl
+    from .trainers.report_callback import RoutingReportCallback
     from .trainers.rloo import R3RLOOConfig, R3RLOOTrainer
 
 # TRL takes seconds to import, and a model can be replayed without it
@@ -33,6 +34,7 @@ _ROOMS = {
     "trainers.gmpo": ("R3GMPOConfig", "R3GMPOTrainer"),
     "trainers.grpo": ("R3GRPOConfig", "R3GRPOTrainer"),
     "trainers.metrics": ("changed_router_frac", "changed_token_frac", "extreme_token_frac", "k3_kl"),
+    "trainers.report_callback": ("RoutingReportCallback",),
     "trainers.rloo": ("R3RLOOConfig", "R3RLOOTrainer"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -48,6 +50,7 @@ __all__ = [
     "R3RLOOTrainer",
     "RouterReplay",
     "RoutingLayout",
+    "RoutingReportCallback",
     "RowStatus",
     "Turn",
     "UnsupportedRouterError",

@@ -77,8 +77,16 @@ def test_a_trace_holds_what_the_run_did(qwen3, traced, gap, rollout):
     assert trace.facts.mode == "R3" and trace.facts.step == 0 and trace.facts.missing == 0
     routes = trainer.live_routes(old)  # (B, T, L, K)
     load = torch.zeros_like(trace.load_live)
-    seen = iter(zip(trace.samples(), *(each.split(trace.lengths[:, 1].tolist()) for each in (
-        trace.train_logprobs, trace.live_logprobs, trace.rollout_logprobs, trace.masks)), strict=True))
+    seen = iter(
+        zip(
+            trace.samples(),
+            *(
+                each.split(trace.lengths[:, 1].tolist())
+                for each in (trace.train_logprobs, trace.live_logprobs, trace.rollout_logprobs, trace.masks)
+            ),
+            strict=True,
+        )
+    )
     for row, (sample, train, compared, rollout, masks) in enumerate(seen):
         watched = trainer.sample_of(old, row)
         start, width = old.prompt_width - sample.prompt_length, len(train)
@@ -93,7 +101,9 @@ def test_a_trace_holds_what_the_run_did(qwen3, traced, gap, rollout):
     # a live router behind replayed layers sees other hidden states, so only the first one is that of a live model
     assert torch.equal(trace.load_live[0], load[0])
     assert torch.equal(trace.load_live.sum(1), trace.load_recorded.sum(1))
-    recorded = torch.stack([torch.bincount(ids.flatten().long(), minlength=load.shape[1]) for ids in trace.records.unbind(1)])
+    recorded = torch.stack(
+        [torch.bincount(ids.flatten().long(), minlength=load.shape[1]) for ids in trace.records.unbind(1)]
+    )
     assert torch.equal(trace.load_recorded.long(), recorded)
     assert 0 < trace.changed.sum() <= trace.changed.numel() * trace.facts.compared_rows
     changed = float(trace.changed.sum()) / trace.changed.numel() / trace.facts.compared_rows
@@ -109,6 +119,15 @@ def test_autocast_temperature_and_head_are_those_of_the_trace(qwen3, traced, gap
     other.load_state_dict(weights[trace.facts.step])
     found = verify_trace(other, trace)
     assert found.matches, str(found)
+
+
+def test_the_op_gates_as_in_the_run(qwen3, traced, gap):
+    """Its forward tells only whether selections differ, so live ids are asked for beside it."""
+    _, paths, weights = traced(qwen3(), while_generating=gap["rounded"], routing_replay_gating="op", **MICRO_BATCHES)
+    trace, other = load_trace(paths[-1]), qwen3(seed=1)
+    assert trace.facts.gating == "op" and trace.load_live.sum() == trace.load_recorded.sum() > 0
+    other.load_state_dict(weights[trace.facts.step])
+    assert verify_trace(other, trace).matches
 
 
 def test_a_saved_checkpoint_is_the_model_of_its_step(qwen3, traced, tmp_path):

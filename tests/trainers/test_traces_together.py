@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import trl_r3
 from trl_r3 import load_trace
 from trl_r3.records.trace_file import find_traces
+from trl_r3.trainers.verify_trace import verify_trace
 
 SCRIPT = """
+import os
 import sys
 
 import torch
@@ -32,6 +35,8 @@ model = Qwen3MoeForCausalLM(
         max_position_embeddings=128, initializer_range=0.2, eos_token_id=1, pad_token_id=0,
     )
 )
+if int(os.environ["RANK"]) == 0:
+    model.save_pretrained(f"{folder}/model")
 vocab = {"<pad>": 0, "<eos>": 1, **{chr(31 + i): i for i in range(2, 96)}}
 tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="!"))
 tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -72,4 +77,6 @@ def test_each_process_writes_its_own(tmp_path):
     assert [(each.facts.step, each.facts.rank) for each in loaded] == [(0, 0), (0, 1), (1, 0), (2, 0)]
     assert {each.facts.num_ranks for each in loaded} == {2}
     assert not torch.equal(first.tokens, loaded[1].tokens), "each process has prompts of its own"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")  # of step 0
+    assert [verify_trace(model, each).matches for each in loaded] == [True, True, False, False]
     assert sorted(traces.iterdir()) == find_traces(traces), "nothing half written is left"

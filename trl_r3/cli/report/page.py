@@ -81,7 +81,10 @@ def _about(data: RunData) -> list[tuple[str, str]]:
     return [
         *about,
         ("traces", f"{len(steps)} steps, {steps[0]} to {steps[-1]}, by {facts.num_ranks} process(es)"),
-        ("replays", {"R3": "what the rollout recorded", "R2": "what the old policy recorded"}.get(facts.mode, facts.mode)),
+        (
+            "replays",
+            {"R3": "what the rollout recorded", "R2": "what the old policy recorded"}.get(facts.mode, facts.mode),
+        ),
         ("model", f"{facts.model_type}, {facts.dtype}, autocast {facts.autocast}, attention {facts.attention}"),
         (
             "routers",

@@ -75,11 +75,15 @@ def _changed(data: RunData) -> Picture | None:
     by_layer = [step for step in data.steps if step.compared_rows]
     height = min(3 + 0.1 * len(by_layer[0].changed), 8) if by_layer else 0
     figure = new_figure(10, 3.4 + height)
-    curves, *below = figure.subplots(2 if by_layer else 1, 1, height_ratios=[3, height] if by_layer else None, squeeze=False)[:, 0]
+    curves, *below = figure.subplots(
+        2 if by_layer else 1, 1, height_ratios=[3, height] if by_layer else None, squeeze=False
+    )[:, 0]
     _line(curves, routers, "routers", REPLAYED)
     _line(curves, tokens, "tokens with a changed router", "tab:gray")
     _healthy(curves, 0, HEALTHY_CHANGED, "healthy for routers")
-    _finish(curves, ylabel="share changed", ylim=(0, None), title="live selection against the record, while replay is on")
+    _finish(
+        curves, ylabel="share changed", ylim=(0, None), title="live selection against the record, while replay is on"
+    )
     if below:
         assert data.facts is not None  # there are traces
         changed_LS = np.stack([(step.changed / step.compared_rows).numpy() for step in by_layer], axis=1)
@@ -187,7 +191,13 @@ def _mismatch(data: RunData) -> Picture | None:
     lowest = min((value for curve in k3.values() for value in curve.values() if value > 0), default=1e-6)
     _healthy(left, 1e-16, HEALTHY_K3, "healthy")
     _healthy(right, 0, HEALTHY_EXTREME, "healthy, tau 2")
-    _finish(left, yscale="log", ylim=(min(lowest, HEALTHY_K3) / 2, None), ylabel="k3", title="k3 between rollout and training")
+    _finish(
+        left,
+        yscale="log",
+        ylim=(min(lowest, HEALTHY_K3) / 2, None),
+        ylabel="k3",
+        title="k3 between rollout and training",
+    )
     right.set_yscale("symlog", linthresh=HEALTHY_EXTREME)
     _finish(right, ylabel="F(tau)", ylim=(0, None), title="share of tokens with a ratio above tau")
     return Picture(
