@@ -38,11 +38,19 @@ def test_what_was_written_comes_back(tmp_path, experts, dtype):
         without.samples()
 
 
-def test_size_is_that_of_the_records(tmp_path):
-    """48 layers, top-8 of 128, 4,096 tokens a sequence, most of them sampled, live log-probabilities included."""
-    trace = make_trace(samples=8, prompt=96, completion=4000, layers=48, experts=128, top_k=8)
+@pytest.mark.parametrize(("samples", "completion"), [(8, 960), (8, 4000)])
+def test_size_is_that_of_the_records(tmp_path, samples, completion):
+    """48 layers, top-8 of 128, most tokens sampled, live log-probabilities included."""
+    trace = make_trace(samples=samples, prompt=96, completion=completion, layers=48, experts=128, top_k=8)
     records = trace.records.numel() * trace.records.element_size()
     assert save_trace(trace, tmp_path).stat().st_size <= 1.05 * records
+
+
+def test_counts_of_any_size_come_back(tmp_path):
+    trace = make_trace()
+    for count in (2**16 - 1, 2**16, 2**31 - 1):
+        trace.load_live[1, 3] = count
+        assert torch.equal(load_trace(save_trace(trace, tmp_path)).load_live, trace.load_live)
 
 
 def test_padding_comes_back():
@@ -169,7 +177,7 @@ WRONG = {
     "an expert that the model lacks": ("records", 200, "expert id 200 is outside"),
     "one expert twice": ("records", 3, "expert 3 appears 4 times"),
     "a sample without tokens": ("lengths", 0, "without tokens"),
-    "a sample of a terabyte": ("lengths", 2**31 - 1, "but the longest has 2147483647 tokens"),
+    "a sample of a terabyte": ("lengths", 2**31 - 1, "the longest has 2147483647 tokens"),
     "more samples than there are": ("forwards", 2**31 - 1, "score 2147483647 samples, but it has 3"),
     "a token below zero": ("tokens", -5, "a token is negative"),
 }
@@ -191,7 +199,7 @@ def test_a_batch_wider_than_its_samples_is_refused(tmp_path):
     trace = make_trace()
     wide = torch.tensor([[3, 2**30, 2**30 + 6]], dtype=torch.int32)
     path = save_trace(Trace(**{**vars(trace), "forwards": wide}), tmp_path)
-    with pytest.raises(ValueError, match="prompts 1073741824 to 1073741824 wide, but the longest has 4 tokens"):
+    with pytest.raises(ValueError, match="prompts 1073741824 to 1073741824 wide, the longest has 4 tokens"):
         load_trace(path)
 
 

@@ -31,7 +31,7 @@ _FORMAT = {"format": "trl_r3.trace", "version": "1"}
 _MAX_HEADER = 65536  # bytes; ours has some thousand
 _MAX_PADDING = 4096  # tokens that a batch may be wider than its longest sample, on either side
 _MAX_NUMBER = 2**31 - 1
-_OPTIONAL = ("rollout_logprobs", "live_logprobs")
+_LOADS = ("load_live", "load_recorded")
 _LOGPROBS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {torch.uint8: "U8", torch.int16: "I16"}
 _NAME = re.compile(r"step-(\d+)-rank-(\d+)\.safetensors")
@@ -67,6 +67,9 @@ def save_trace(trace: Trace, directory: Path) -> Path:
     path = directory / trace_name(trace.facts.step, trace.facts.rank)
     names = [field.name for field in fields(Trace) if field.name != "facts"]
     tensors = {name: value.contiguous() for name in names if (value := getattr(trace, name)) is not None}
+    for name in _LOADS:
+        if int(tensors[name].max()) < 2**16:  # else they would be much of a short trace
+            tensors[name] = tensors[name].to(torch.uint16)
     content = save(tensors, {**_FORMAT, "facts": json.dumps(asdict(trace.facts))})
     part = path.with_suffix(".part")
     try:
@@ -145,21 +148,26 @@ class _Reader:
         num_layers, experts = len(layout.moe_layers), [len(layout.moe_layers), layout.num_experts]
         record_shape = [total - len(lengths), num_layers, layout.top_k]
         self._check("records", record_shape, (_DTYPES[layout.storage_dtype],))
-        tensors = {
-            "tokens": self._read("tokens", [total], "I32"),
-            "masks": self._read("masks", [completions], "U8"),
-            "train_logprobs": self._read("train_logprobs", [completions], *_LOGPROBS),
-            **{
-                name: self._read(name, [completions], *_LOGPROBS) if name in self.names else None for name in _OPTIONAL
-            },
-            "load_live": self._read("load_live", experts, "I32"),
-            "load_recorded": self._read("load_recorded", experts, "I32"),
-            "changed": self._read("changed", [num_layers], "I32"),
-        }
-        if bool((tensors["tokens"] < 0).any()):
+        tokens = self._read("tokens", [total], "I32")
+        if int(tokens.min()) < 0:
             raise ValueError("a token is negative")
-        records = self._records(lengths) if with_records else None
-        return Trace(facts=self.facts, lengths=lengths, forwards=forwards, records=records, **tensors)
+        return Trace(
+            facts=self.facts,
+            lengths=lengths,
+            forwards=forwards,
+            tokens=tokens,
+            masks=self._read("masks", [completions], "U8"),
+            train_logprobs=self._read("train_logprobs", [completions], *_LOGPROBS),
+            rollout_logprobs=self._logprobs("rollout_logprobs", completions),
+            live_logprobs=self._logprobs("live_logprobs", completions),
+            load_live=self._read("load_live", experts, "I32", "U16").int(),
+            load_recorded=self._read("load_recorded", experts, "I32", "U16").int(),
+            changed=self._read("changed", [num_layers], "I32"),
+            records=self._records(lengths) if with_records else None,
+        )
+
+    def _logprobs(self, name: str, completions: int) -> Tensor | None:
+        return self._read(name, [completions], *_LOGPROBS) if name in self.names else None
 
     def _read(self, name: str, shape: Sequence[int | None], *dtypes: str) -> Tensor:
         self._check(name, shape, dtypes)
@@ -195,7 +203,7 @@ def _check_sizes(lengths: Tensor, forwards: Tensor) -> None:
     ):
         if int(given.min()) < longest or int(given.max()) > longest + _MAX_PADDING:
             raise ValueError(
-                f"a batch has {what} {int(given.min())} to {int(given.max())} wide, but the longest has {longest} tokens"
+                f"a batch has {what} {int(given.min())} to {int(given.max())} wide, the longest has {longest} tokens"
             )
 
 

@@ -100,8 +100,8 @@ def summarise(traces: Iterable[Trace], taus: Sequence[float]) -> tuple[TraceFact
         if (facts.config_digest, facts.layout) != (first.config_digest, first.layout):
             raise ValueError(
                 f"the traces are of two models: step {first.step} of a {first.model_type} with config "
-                f"{first.config_digest[:8]}, step {facts.step} of a {facts.model_type} with {facts.config_digest[:8]}. "
-                "Keep those of each run in a folder of their own."
+                f"{first.config_digest[:8]}, step {facts.step} of a {facts.model_type} with "
+                f"{facts.config_digest[:8]}. Keep those of each run in a folder of their own."
             )
         zeros = torch.zeros(trace.load_live.shape, dtype=torch.int64)
         step = steps.setdefault(facts.step, StepSummary(facts.step, zeros, zeros, zeros[:, 0]))

@@ -151,8 +151,8 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
         )
     if args.routing_replay_trace_dir is not None and not args.use_routing_replay:
         raise ValueError(
-            f"`routing_replay_trace_dir` is {args.routing_replay_trace_dir!r}, but without replay there are no records "
-            "to write. Set `use_routing_replay=True`, or `routing_replay_trace_dir=None`."
+            f"`routing_replay_trace_dir` is {args.routing_replay_trace_dir!r}, but without replay there are no "
+            "records to write. Set `use_routing_replay=True`, or `routing_replay_trace_dir=None`."
         )
     if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
         raise ValueError(

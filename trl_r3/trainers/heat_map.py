@@ -6,6 +6,7 @@ Legend: S steps, L MoE layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -44,9 +45,13 @@ def draw_changed_routers(axes: Axes, steps: Sequence[int], layers: Sequence[int]
     axes.set(xlabel="step", ylabel="decoder layer")
     for axis, names in ((axes.xaxis, steps), (axes.yaxis, layers)):
         axis.set_major_locator(MaxNLocator(min(len(names), 12), integer=True))
-        axis.set_major_formatter(lambda at, _, names=names: str(names[int(at)]) if 0 <= at < len(names) else "")
+        axis.set_major_formatter(partial(_name_at, names))
     bar = axes.figure.colorbar(image, ax=axes, label="share of changed routers\n(healthy: below the green line)")
     bar.ax.axhline(HEALTHY_CHANGED, color="tab:green", linewidth=4)
+
+
+def _name_at(names: Sequence[int], at: float, _: int | None) -> str:
+    return str(names[int(at)]) if 0 <= at < len(names) else ""
 
 
 def changed_routers(steps: Sequence[int], layers: Sequence[int], changed_LS: np.ndarray) -> Figure:

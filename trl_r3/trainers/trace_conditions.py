@@ -18,9 +18,10 @@ from ..routers.router_replay import RouterReplay
 
 # no forward of given tokens depends on these, and saving or training a model changes them
 _INCIDENTAL = (
-    "_name_or_path architectures bos_token_id dtype eos_token_id name_or_path output_attentions output_hidden_states "
-    "output_router_logits pad_token_id return_dict torch_dtype transformers_version use_cache"
-).split()
+    *("_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+)
 
 # by field of [`TraceFacts`]: what to do about it
 _REMEDIES = {
@@ -93,8 +94,8 @@ def refuse_another_model(facts: TraceFacts, here: dict[str, Any]) -> None:
     if facts.model_type != here["model_type"] or (same_library and facts.config_digest != here["config_digest"]):
         raise ValueError(
             f"the trace is of a {facts.model_type} with config {facts.config_digest[:8]}, this model a "
-            f"{here['model_type']} with {here['config_digest'][:8]}. Pass the model that was trained, with the weights "
-            f"of step {facts.step}."
+            f"{here['model_type']} with {here['config_digest'][:8]}. Pass the model that was trained, with the "
+            f"weights of step {facts.step}."
         )
     for name, remedy in _REMEDIES.items():
         if getattr(facts, name) != here[name]:

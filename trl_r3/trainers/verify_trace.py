@@ -120,7 +120,8 @@ def verify_trace(model: nn.Module, trace: Trace) -> TraceCheck:
 @contextmanager
 def _as_in(model: nn.Module, trace: Trace) -> Iterator[None]:
     """The process and the model as they were: threads, precision, TRL's head, no dropout."""
-    facts, base = trace.facts, attachable(model)
+    facts = trace.facts
+    base: Any = attachable(model)
     if isinstance(base, PeftModel):
         base = base.get_base_model()  # where TRL puts its head, too
     threads, precision, training = torch.get_num_threads(), torch.get_float32_matmul_precision(), model.training

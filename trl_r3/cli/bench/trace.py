@@ -1,4 +1,4 @@
-"""What a trace costs: its own processor seconds over those of a training step, and its bytes over those of the records.
+"""What a trace costs: its own processor seconds over those of a training step, its bytes over those of the records.
 
 Legend: B batch, T tokens, C completion tokens, L MoE layers, K experts per token.
 """
@@ -59,7 +59,7 @@ def _trace_seconds(
     spent = _seconds(tracer.begin)
     scoring, batch = Scoring(samples), ScoredBatch(samples, 1, replay.layout)
     source = tracer.source(batch, scoring)
-    spent += _seconds(lambda: source.take(*ids_BT.shape, ids_BT))
+    spent += _seconds(lambda: source.take(ids_BT.shape[0], ids_BT.shape[1], ids_BT))
     live = [ids.flatten(0, 1).long() for ids in records.unbind(2)]  # (N, K) a layer, as routers say it
     assert source.observed is not None  # every row is recorded
     rows = source.observed

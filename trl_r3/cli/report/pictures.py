@@ -92,9 +92,9 @@ def _changed(data: RunData) -> Picture | None:
     return Picture(
         "changed_routers",
         "Changed routers",
-        "Look for a level that creeps up with the steps (the record goes stale as the router learns: fewer updates a "
-        f"rollout help) and for single layers far above the others; about 0.1 is usual for a rollout in bfloat16, more "
-        "than that for one in eight bits, and near 1 the record is not that of its tokens.",
+        "Look for a level that creeps up with the steps (the record goes stale as the router learns) and for layers "
+        "far above the others: about 0.1 is usual with a rollout in bfloat16, more with one in eight bits, and near 1 "
+        "the record is not that of its tokens.",
         figure,
     )
 
@@ -135,9 +135,9 @@ def _load(data: RunData) -> Picture | None:
     return Picture(
         "expert_load",
         "Expert load by layer",
-        "The two maps should look alike; look for experts that are bright in one and dark in the other (live routing "
-        "has moved away from the rollout), and for a layer whose busiest expert nears the red line, where every token "
-        "goes to it: that router collapses, and its auxiliary loss is what to look at.",
+        "Look for experts that are bright in one map and dark in the other (live routing has moved away from the "
+        "rollout) and for a layer whose busiest expert nears the red line, where every token goes to it: that router "
+        "collapses.",
         figure,
     )
 
@@ -165,10 +165,10 @@ def _scatter(data: RunData) -> Picture | None:
     return Picture(
         "delta_logprob",
         "Rollout against training, token by token",
-        "Each point is a sampled token (evenly picked, and the largest differences of each trace); look for points "
-        "above the line at ln 2, which clipping and importance ratios react to: with replay there should be fewer, and "
-        "the cloud should be lower than with live routing. A cloud that does not fall with replay has another cause "
-        "than routing: weights that are not in step, a temperature on one side, log-probabilities shifted by a token.",
+        "Look for tokens above the line at ln 2, which clipping and importance ratios react to, and for a cloud "
+        "that is no lower with replay than with live routing: its cause is not routing but weights out of step, "
+        "a temperature on one side or log-probabilities shifted by a token (drawn are tokens evenly picked, and the largest "
+        "differences of each trace).",
         figure,
     )
 
@@ -203,9 +203,9 @@ def _mismatch(data: RunData) -> Picture | None:
     return Picture(
         "mismatch",
         "Mismatch over steps",
-        "Replayed (blue) should stay below live (orange) and flat; look for steps where blue jumps or meets orange, "
-        "and for a level above the band, which is about what two forwards of one training engine differ by in the R3 "
-        "paper: what is left there is not routing.",
+        "Look for steps where replayed (blue) jumps or meets live (orange), and for a blue level above the band, "
+        "which is about what two forwards of one training engine differ by in the R3 paper: what is left is not "
+        "routing.",
         figure,
     )
 
@@ -227,9 +227,8 @@ def _agreement(data: RunData) -> Picture | None:
     return Picture(
         "agreement",
         "Agreement and contrast",
-        "Both are measured at the weights of the rollout, so they should stay where they began; look for a fall of "
-        f"agreement towards {MIN_KAPPA} or of contrast towards 0, which says that records are those of other tokens, "
-        "layers or weights.",
+        f"Look for a fall of agreement towards {MIN_KAPPA} or of contrast towards 0: both are measured at the weights "
+        "of the rollout, so records then are those of other tokens, layers or weights.",
         figure,
     )
 
@@ -248,8 +247,8 @@ def _missing(data: RunData) -> Picture | None:
     return Picture(
         "missing_rows",
         "Missing rows",
-        "Missing should be 0 and replayed 1 throughout; look for any step where they are not: those tokens were "
-        "trained through live experts, because the engine gave no routes for them or a `live_routing()` let them.",
+        "Look for any step where missing is not 0 and replayed not 1: its tokens were trained through live experts, "
+        "because the engine gave no routes for them or `live_routing()` let them.",
         figure,
     )
 
