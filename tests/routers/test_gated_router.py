@@ -91,6 +91,27 @@ def test_a_bias_that_moves_is_followed():
     assert int(before.changed_routers) == 0 and int(after.changed_routers) > 0
 
 
+def test_changed_routers_are_told_by_layer():
+    """In the order of the layers, also where only some of them are gated by the op."""
+    model = build_tiny("qwen3_moe")
+    intercepted = RouterReplay(model)
+    with torch.no_grad(), intercepted.record() as recorded:
+        model(batch())
+    intercepted.remove()
+    last = len(intercepted.moe_layers) - 1
+    routes = recorded.routed_experts.clone()
+    routes[:, :, last] = (routes[:, :, last] + 1) % intercepted.num_experts
+    assert last > 0
+    for mixed in (False, True):
+        with RouterReplay(model, gating="op") as replay:
+            if mixed:
+                replay._routers[last] = intercepted._routers[last]
+            with torch.no_grad(), replay.replay(routes) as stats:
+                model(batch())
+        assert stats.changed_by_layer[:last].tolist() == [0] * last
+        assert stats.changed_by_layer[last] == stats.changed_routers > 0
+
+
 def test_missing_rows_route_live():
     model = build_tiny("mixtral")
     replay = RouterReplay(model, gating="op")

@@ -46,8 +46,8 @@ class TraceFacts:
             Whether the head computes in float32 whatever the model does.
         gating (`str`):
             `"intercept"`, `"op"`, or `"auto"` for some of each.
-        dtype, autocast, attention, experts, device, processor, matmul_precision (`str`), threads (`int`):
-            What the bits of a forward depend on.
+        dtype, buffers, autocast, attention, experts, device, processor, matmul_precision (`str`), threads (`int`):
+            What the bits of a forward depend on; the first two are dtypes of parameters and of buffers.
         versions (dict of `str` to `str`):
             Of the libraries.
         rows, missing (`int`):
@@ -75,6 +75,7 @@ class TraceFacts:
     float32_head: bool
     gating: str
     dtype: str
+    buffers: str
     autocast: str
     attention: str
     experts: str

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._compat import implementations
 from ..records.trace import TraceFacts
@@ -49,7 +50,10 @@ def conditions(model: nn.Module) -> dict[str, Any]:
     return {
         "model_type": str(config.model_type),
         "config_digest": _digest(config.to_dict()),
-        "dtype": ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in model.parameters()})),
+        "dtype": _dtypes(model.parameters()),
+        "buffers": _dtypes(
+            each for each in model.buffers() if each.is_floating_point()
+        ),  # `to(dtype)` casts them, too
         "attention": attention,
         "experts": experts,
         "device": device.type,
@@ -106,10 +110,14 @@ def refuse_another_model(facts: TraceFacts, here: dict[str, Any]) -> None:
 
 def differences(facts: TraceFacts, here: dict[str, Any]) -> list[str]:
     """What may change bits and is not in the hands of whoever replays: what differs, and both values."""
-    names = ("device", "processor", "matmul_precision", "config_digest")
+    names = ("device", "processor", "matmul_precision", "buffers", "config_digest")
     pairs = [(name.replace("_", " "), getattr(facts, name), here[name]) for name in names]
     pairs += [(name, facts.versions.get(name, "none"), value) for name, value in here["versions"].items()]
     return [f"{name}: {then} in the trace, {now} here" for name, then, now in pairs if then != now]
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in tensors}))
 
 
 def _digest(config: dict[str, Any]) -> str:

@@ -167,8 +167,8 @@ def _scatter(data: RunData) -> Picture | None:
         "Rollout against training, token by token",
         "Look for tokens above the line at ln 2, which clipping and importance ratios react to, and for a cloud "
         "that is no lower with replay than with live routing: its cause is not routing but weights out of step, "
-        "a temperature on one side or log-probabilities shifted by a token (drawn are tokens evenly picked, and the largest "
-        "differences of each trace).",
+        "a temperature on one side or log-probabilities shifted by a token (drawn are tokens evenly picked, and "
+        "the largest differences of each trace).",
         figure,
     )
 

@@ -1,0 +1,60 @@
+"""A trace on the command line: right weights, other weights, another model, no trace."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_r3 import load_trace
+from trl_r3.cli import trace_check
+from trl_r3.cli.check import load
+from trl_r3.records.trace_file import find_traces
+
+
+@pytest.fixture
+def run(qwen3, train, tmp_path):
+    """A run in bfloat16 with eager attention, whose checkpoint 1 has the weights of its second trace."""
+    qwen3().save_pretrained(tmp_path / "start")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.bfloat16)
+    model.set_attn_implementation("eager")
+    traces = tmp_path / "traces"
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-1}
+    train(model, routing_replay_trace_dir=str(traces), **changes)
+    return str(tmp_path / "out" / "checkpoint-1"), find_traces(traces)
+
+
+def test_status_and_text(run, capsys):
+    name, (first, second) = run
+    facts = load_trace(second).facts
+    assert (facts.dtype, facts.attention) == ("bfloat16", "eager")
+    assert trace_check.main(name, second) == 0
+    assert "step 1: all" in capsys.readouterr().out
+    assert trace_check.main(name, first) == 1
+    assert "Pass the model with the weights of step 0" in capsys.readouterr().out
+    assert trace_check.main(name, second, as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["matches"] and told["differing"] == 0 < told["tokens"] and told["differences"] == []
+
+
+def test_buffers_in_another_dtype_are_named(run, capsys, monkeypatch):
+    """`to(torch.bfloat16)` rounds the frequencies of the positions as well, which loading in this dtype does not."""
+    name, (_, second) = run
+    monkeypatch.setattr(trace_check, "load", lambda *args: load(*args).to(torch.bfloat16))
+    assert trace_check.main(name, second) == 1
+    assert "Not as it was: buffers: float32 in the trace, bfloat16 here" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence(run, qwen3, tmp_path, capsys):
+    name, (first, _) = run
+    qwen3(num_experts=8).to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    (tmp_path / "damaged").write_bytes(first.read_bytes()[:900])
+    for model, path, says in (
+        (str(tmp_path / "other"), first, "Pass the model that was trained, with the weights of step 0"),
+        (name, tmp_path / "damaged", "cannot be read as a trace"),
+        (name, tmp_path / "nowhere", "there is no trace"),
+        (str(tmp_path / "nothing"), first, "nothing"),
+    ):
+        assert trace_check.main(model, path) == 2
+        told = capsys.readouterr()
+        assert says in told.err and "Traceback" not in told.err and told.out == ""
