@@ -133,7 +133,13 @@ def _continuous_batching(trainer: Any, replay: RouterReplay) -> Iterator[MakeTur
 
 
 @contextmanager
-def _vllm_colocate(trainer: Any, layout: RoutingLayout) -> Iterator[MakeTurn]:
+def colocated_completions(trainer: Any) -> Iterator[Callable[[int], list]]:
+    """
+    Keep what the colocated engine returns to one call of `trainer._generate_single_turn`.
+
+    Yields:
+        `Callable`: Given the number of prompts, after the call: one `CompletionOutput` a prompt.
+    """
     generation = trainer.vllm_generation
     own_generate, calls = generation.llm.generate, []
 
@@ -141,16 +147,27 @@ def _vllm_colocate(trainer: Any, layout: RoutingLayout) -> Iterator[MakeTurn]:
         calls.append(own_generate(*args, **kwargs))
         return calls[-1]
 
-    def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+    def of_this_process(count: int) -> list:
         (outputs,) = calls
         completions = [completion for output in outputs for completion in output.outputs]
         if generation.tensor_parallel_size > 1:  # every rank of a group generates for all, and keeps its share
-            first = torch.distributed.get_rank(group=generation.tp_group) * len(prompt_ids)
-            completions = completions[first : first + len(prompt_ids)]
-        records = [to_record(decode_vllm_output(each), layout, sample) for sample, each in enumerate(completions)]
-        return Turn(prompt_ids, completion_ids, records)
+            first = torch.distributed.get_rank(group=generation.tp_group) * count
+            completions = completions[first : first + count]
+        return completions
 
     with swapped(generation.llm, "generate", generate):
+        yield of_this_process
+
+
+@contextmanager
+def _vllm_colocate(trainer: Any, layout: RoutingLayout) -> Iterator[MakeTurn]:
+    with colocated_completions(trainer) as completions_of:
+
+        def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+            completions = completions_of(len(prompt_ids))
+            records = [to_record(decode_vllm_output(each), layout, sample) for sample, each in enumerate(completions)]
+            return Turn(prompt_ids, completion_ids, records)
+
         yield make_turn
 
 

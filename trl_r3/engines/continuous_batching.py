@@ -139,7 +139,7 @@ def recorded_batches(replay: RouterReplay, temperature: float) -> Iterator[Recor
             ]
             # a request that is still prefilling draws nothing
             drew = [(each.state.request_id, each.state.position_offset) for each in in_batch if each.has_new_token]
-            with _logits_of_draws(model, temperature, len(drew)) as taken:
+            with logits_of_draws(model, temperature, len(drew)) as taken:
                 own_step(processor, model)
             batches.add_step(fed)
             (logits,) = taken
@@ -150,7 +150,7 @@ def recorded_batches(replay: RouterReplay, temperature: float) -> Iterator[Recor
 
 
 @contextmanager
-def _logits_of_draws(model: nn.Module, temperature: float, count: int) -> Iterator[list[Tensor]]:
+def logits_of_draws(model: nn.Module, temperature: float, count: int) -> Iterator[list[Tensor]]:
     """
     Take the logits `(D, V)` that a step draws from, before it processes them in place.
 

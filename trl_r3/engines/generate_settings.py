@@ -49,7 +49,7 @@ def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """
 
     def refuse(what: str, reason: str, remedy: str) -> None:
-        raise ValueError(f"routes cannot be recorded with {what}: {reason}. Set {remedy} instead.")
+        raise ValueError(f"a rollout cannot be recorded with {what}: {reason}. Set {remedy} instead.")
 
     if (setting(model, kwargs, "num_beams") or 1) > 1:
         beams = setting(model, kwargs, "num_beams")

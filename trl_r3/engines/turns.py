@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..records.checks import check_length, check_rows
 from ..records.layout import RoutingLayout
+from ..records.sampling_masks import SamplingMask
 from ..records.storage import missing_rows
 
 
@@ -26,15 +27,18 @@ class Turn:
         prompt_ids, completion_ids (list of `list[int]`):
             Tokens it was given, and tokens it sampled.
         records (list of `torch.Tensor` of shape `(P_i + C_i - 1, L, K)`):
-            Packed ids of each of its sequences.
+            Packed ids of each of its sequences; empty where no routes are recorded.
         logprobs (list of `torch.Tensor` of shape `(C_i,)`, *optional*):
             Log-probabilities that it sampled with.
+        masks (list of [`SamplingMask`], *optional*):
+            What its sampler kept, one row a sampled token.
     """
 
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
     records: Sequence[Tensor]
     logprobs: Sequence[Tensor] | None = None
+    masks: Sequence[SamplingMask] | None = None
 
 
 @dataclass
@@ -44,6 +48,7 @@ class RolloutRecord:
     prompt_lengths: list[int]
     records: list[Tensor]  # packed (T_i - 1, L, K)
     logprobs: list[Tensor] | None  # (C_i,)
+    masks: list[SamplingMask] | None = None  # C_i rows
 
     def missing_share(
         self, layout: RoutingLayout, rows_that_matter: Sequence[int] | None = None
@@ -69,7 +74,7 @@ def stitch(
     turns: Sequence[Turn],
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
-    layout: RoutingLayout,
+    layout: RoutingLayout | None,
 ) -> RolloutRecord:
     """
     Join the turns of each sample.
@@ -86,11 +91,11 @@ def stitch(
             In the order they were made: each with all samples that went on, or the samples one after the other.
         prompt_ids, completion_ids (sequence of `list[int]`):
             What the trainer scores: completions hold all turns and tool results, and may be truncated.
-        layout ([`RoutingLayout`]):
-            Layers and experts of the model.
+        layout ([`RoutingLayout`], *optional*):
+            Layers and experts of the model; `None` where no routes are recorded.
 
     Returns:
-        [`RolloutRecord`]: Rows that no turn fed are missing.
+        [`RolloutRecord`]: Rows that no turn fed are missing, and what no turn sampled is unrestricted.
 
     Raises:
         `ValueError`: If a record does not belong to its tokens, or cannot be one of this model; it names the sample.
@@ -98,20 +103,26 @@ def stitch(
     stitched = [_Stitched(p, c, layout) for p, c in zip(prompt_ids, completion_ids, strict=True)]
     for turn in turns:
         for entry, sample in enumerate(_samples_of(turn, stitched)):
-            fed = len(turn.prompt_ids[entry]) + len(turn.completion_ids[entry])
-            check_length(turn.records[entry].shape[0], fed, sample)
-            check_rows(turn.records[entry], layout, sample=sample)
+            if layout is not None:
+                fed = len(turn.prompt_ids[entry]) + len(turn.completion_ids[entry])
+                check_length(turn.records[entry].shape[0], fed, sample)
+                check_rows(turn.records[entry], layout, sample=sample)
+            if turn.masks is not None:
+                turn.masks[entry].check(turn.completion_ids[entry], sample)
             stitched[sample].add(turn, entry)
-    logprobs = None
+    logprobs = masks = None
     if turns and all(turn.logprobs is not None for turn in turns):
         logprobs = [joined.logprobs[len(joined.prompt) :] for joined in stitched]
-    return RolloutRecord([len(joined.prompt) for joined in stitched], [joined.record for joined in stitched], logprobs)
+    if turns and all(turn.masks is not None for turn in turns):
+        masks = [joined.mask for joined in stitched]
+    prompt_lengths, records = [len(joined.prompt) for joined in stitched], [joined.record for joined in stitched]
+    return RolloutRecord(prompt_lengths, records, logprobs, masks)
 
 
 class _Stitched:
     """The record of one sample while its turns are joined."""
 
-    def __init__(self, prompt: Sequence[int], completion: Sequence[int], layout: RoutingLayout):
+    def __init__(self, prompt: Sequence[int], completion: Sequence[int], layout: RoutingLayout | None):
         self.layout = layout
         self.prompt = prompt
         self.ids = [*prompt, *completion]
@@ -121,6 +132,7 @@ class _Stitched:
         self.filled = 0  # rows
         self.fed: int | None = None  # tokens up to the end of its longest turn
         self._pieces: list[Tensor] = []
+        self._masks: dict[int, SamplingMask] = {}  # by position of the first token
 
     def goes_on_at(self, first: int) -> bool:
         """Whether a prompt of so many tokens is the one of the sample, or all of the turns before and maybe more."""
@@ -138,24 +150,38 @@ class _Stitched:
         """Take the rows that are new, as far as the tokens agree."""
         fed = [*turn.prompt_ids[entry], *turn.completion_ids[entry]]
         agreed = _common_prefix(fed, self.ids)
-        end = min(agreed, len(fed) - 1, turn.records[entry].shape[0], self.num_rows)  # a T-th row was never routed
+        end = min(agreed, len(fed) - 1, self.num_rows)  # a T-th row was never routed
         self.fed = max(len(fed), self.fed or 0)
         if end > self.filled:
-            self._pieces.append(turn.records[entry][self.filled : end])
+            if self.layout is not None:
+                self._pieces.append(turn.records[entry][self.filled : end])
             self.filled = end
+        first = len(turn.prompt_ids[entry])
         if turn.logprobs is not None:
-            first = len(turn.prompt_ids[entry])
             sampled = turn.logprobs[entry][: max(agreed - first, 0)]
             self.logprobs[first : first + len(sampled)] = sampled
+        if turn.masks is not None and agreed > first:
+            self._masks[first] = turn.masks[entry][: agreed - first]
 
     @property
     def record(self) -> Tensor:
         """(T - 1, L, K); a sample of one turn is not copied."""
+        if self.layout is None:
+            return torch.empty(0)
         if self.filled == self.num_rows and len(self._pieces) == 1:
             return self._pieces[0]
         size = (self.num_rows - self.filled, len(self.layout.moe_layers), self.layout.top_k)
         rest = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype)
         return torch.cat([*self._pieces, rest])
+
+    @property
+    def mask(self) -> SamplingMask:
+        """One row a token of the completion."""
+        pieces, at = [], len(self.prompt)
+        for first, piece in sorted(self._masks.items()):
+            pieces += [SamplingMask.unrestricted(max(first - at, 0)), piece[max(at - first, 0) :]]
+            at = max(at, first + len(piece))
+        return SamplingMask.join([*pieces, SamplingMask.unrestricted(len(self.ids) - at)])
 
 
 def _samples_of(turn: Turn, samples: Sequence[_Stitched]) -> list[int]:
@@ -166,7 +192,7 @@ def _samples_of(turn: Turn, samples: Sequence[_Stitched]) -> list[int]:
     far as both go; then the sample should be about to go on there, lack what the entry has and, in a turn of all
     samples, have its index. Of what is still equal, the first entry takes the first sample.
     """
-    entries = len(turn.records)
+    entries = len(turn.prompt_ids)
     in_order = entries == len(samples)
     prices: list[dict[int, int]] = []  # by entry: sample, price
     for entry in range(entries):

@@ -1,4 +1,4 @@
-"""Switch on the capture of routes in the vLLM that TRL builds or talks to."""
+"""Switch on the capture of routes and sampling masks in the vLLM that TRL builds or talks to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from trl.import_utils import is_vllm_available
 
 from .._compat import swapped
 from .payloads import decode_vllm_http
-from .vllm_versions import check_vllm_version, vllm_engine_kwargs, vllm_serve_command
+from .vllm_masks import check_mask_settings
+from .vllm_versions import check_vllm_masks, check_vllm_version, vllm_engine_kwargs, vllm_serve_command
 
 _CONCURRENT_REQUESTS = 64  # the pool of the client's session
 
@@ -37,11 +38,7 @@ def capturing_vllm(args: Any) -> Iterator[None]:
         `ImportError`: If vLLM is not installed.
         `ValueError`: If its version cannot return routes.
     """
-    if not is_vllm_available():
-        raise ImportError(
-            "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl-r3[vllm]'`, or set "
-            "`use_vllm=False`."
-        )
+    _check_installed()
     if args.vllm_mode == "server":
         with swapped(vllm_generation, "VLLMClient", RoutedVLLMClient):
             yield
@@ -52,6 +49,36 @@ def capturing_vllm(args: Any) -> Iterator[None]:
     routed_llm = partial(vllm_generation.LLM, **vllm_engine_kwargs(vllm.__version__))
     with swapped(vllm_generation, "LLM", routed_llm):
         yield
+
+
+@contextmanager
+def masking_vllm(args: Any) -> Iterator[None]:
+    """
+    Let a trainer that is constructed inside get a colocated vLLM that returns sampling masks.
+
+    Args:
+        args ([`~trl.GRPOConfig`]):
+            Config of the trainer.
+
+    Raises:
+        `ImportError`: If vLLM is not installed.
+        `ValueError`: If its version, mode or sampling settings return none.
+    """
+    check_mask_settings(args)
+    _check_installed()
+    import vllm
+
+    check_vllm_masks(vllm.__version__)
+    with swapped(vllm_generation, "LLM", partial(vllm_generation.LLM, return_sampling_mask=True)):
+        yield
+
+
+def _check_installed() -> None:
+    if not is_vllm_available():
+        raise ImportError(
+            "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl-r3[vllm]'`, or set "
+            "`use_vllm=False`."
+        )
 
 
 class RoutedVLLMClient(VLLMClient):

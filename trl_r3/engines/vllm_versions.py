@@ -6,6 +6,7 @@ from packaging.version import InvalidVersion, Version
 
 _FIRST_VLLM = (0, 22)
 _FIRST_VLLM_AUX_OUTPUT = (0, 31)
+_FIRST_VLLM_MASKS = (0, 28)
 _LAST_VLLM = (0, 33)
 
 
@@ -38,6 +39,24 @@ def check_vllm_version(version: str, tensor_parallel_size: int = 1) -> None:
             f"vLLM {version} crashes in colocate mode when it returns routes with tensor parallel size "
             f"{tensor_parallel_size}: every rank schedules, but only the first one of a group has routes. Set "
             f"`vllm_tensor_parallel_size=1`, use `vllm_mode='server'`, or install vLLM 0.22 to 0.30."
+        )
+
+
+def check_vllm_masks(version: str) -> None:
+    """
+    Refuse a vLLM that returns no sampling masks.
+
+    Args:
+        version (`str`):
+            Version of vLLM.
+
+    Raises:
+        `ValueError`: If the version is outside 0.28 to 0.33.
+    """
+    if not _FIRST_VLLM_MASKS <= _minor_version(version) <= _LAST_VLLM:
+        raise ValueError(
+            f"vLLM {version} is installed, but sampling masks are known from 0.28 to 0.33. Install one of these, or "
+            "set `use_sampling_mask_replay=False`."
         )
 
 

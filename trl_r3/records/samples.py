@@ -14,6 +14,7 @@ from torch import Tensor
 from .checks import MisalignedRecordError
 from .evidence import Observation
 from .layout import RoutingLayout
+from .sampling_masks import SamplingMask
 from .storage import align, missing_rows
 
 _OBSERVED_PAIRS = 256  # (row, layer) pairs of a sample whose live selection is looked at: enough to judge it by itself
@@ -33,9 +34,11 @@ class Sample:
         prompt_length (`int`):
             Number of its prompt tokens.
         record (`torch.Tensor` of shape `(T - 1, L, K)`):
-            Packed ids.
+            Packed ids; of no rows where only sampling masks are recorded.
         rows_that_matter (`int`, *optional*):
             How many rows, from the first on, the loss depends on. All by default.
+        mask ([`SamplingMask`], *optional*):
+            What truncated sampling kept, one row a completion token.
     """
 
     identity: int
@@ -43,6 +46,7 @@ class Sample:
     prompt_length: int
     record: Tensor
     rows_that_matter: int | None = None
+    mask: SamplingMask | None = None
 
     def missing(self, layout: RoutingLayout) -> tuple[int, int]:
         """Number of rows that the loss depends on, and how many of these have no record."""
@@ -166,6 +170,6 @@ def check_tokens(samples: Sequence[Sample], tokens: Tensor, prompt_width: int) -
         raise MisalignedRecordError(
             f"sample {samples[row].identity}: {int(wrong[row].sum())} tokens of the batch differ from those that its "
             f"record was made for, the first at position {position}: {int(tokens[row, position])} instead of "
-            f"{int(expected[row, position])}. Whatever reorders or edits the batch has to index `routed_samples` with "
-            "its other tensors, and to leave the tokens as they are."
+            f"{int(expected[row, position])}. Whatever reorders or edits the batch has to index `routed_samples` and "
+            "`masked_samples` with its other tensors, and to leave the tokens as they are."
         )

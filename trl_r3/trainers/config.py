@@ -43,6 +43,10 @@ class RoutingReplayConfigMixin:
             one file a process and step, for [`load_trace`], `trl-r3 verify --trace` and `trl-r3 report`.
         routing_replay_trace_every (`int`, *optional*, defaults to `1`):
             Write one every so many steps.
+        use_sampling_mask_replay (`bool`, *optional*, defaults to `False`):
+            Whether the training distribution is restricted to the tokens that top-p, top-k and min-p left in the
+            rollout: old-policy pass, updates, reference pass and entropies. With or without routing replay, on dense
+            models, too.
     """
 
     use_routing_replay: bool = field(
@@ -101,6 +105,14 @@ class RoutingReplayConfigMixin:
         },
     )
     routing_replay_trace_every: int = field(default=1, metadata={"help": "Write a trace every so many steps."})
+    use_sampling_mask_replay: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the training distribution is restricted to the tokens that top-p, top-k and min-p left "
+            "in the rollout: old-policy pass, updates, reference pass and entropies. With or without routing replay, "
+            "on dense models, too."
+        },
+    )
 
 
 def check_config(args: Any, *, has_old_policy_forward: bool) -> None:

@@ -74,6 +74,24 @@ def check_setup(config: Any, model: Any) -> None:
         refuse_dense(model)
 
 
+def check_mask_setup(config: Any) -> None:
+    """
+    Refuse what sampling masks cannot work with, before TRL builds an engine.
+
+    Args:
+        config ([`~trl.GRPOConfig`]):
+            Config of the trainer.
+
+    Raises:
+        `ValueError`: Naming what cannot work and what to set instead.
+    """
+    if config.torch_compile:
+        raise ValueError(
+            "`torch_compile=True` runs past sampling masks. Set `torch_compile=False`, or "
+            "`use_sampling_mask_replay=False`."
+        )
+
+
 def _without_weights(name: str, config: Any) -> nn.Module | None:
     """The modules of a checkpoint, or `None` where they cannot be built from its config alone."""
     from transformers import AutoConfig, AutoModelForCausalLM

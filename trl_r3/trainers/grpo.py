@@ -32,6 +32,8 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
             Folder to write rollouts and their records to.
         routing_replay_trace_every (`int`, *optional*, defaults to `1`):
             Write one every so many steps.
+        use_sampling_mask_replay (`bool`, *optional*, defaults to `False`):
+            Whether the training distribution is restricted to the tokens that truncated sampling left in the rollout.
 
     Example:
 
@@ -53,7 +55,8 @@ class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):
     With `use_routing_replay=True`, every training forward goes through the experts that the rollout went through: the
     old-policy pass, each update and each recompute of gradient checkpointing. Weights and gradients stay live. Left
     alone are the reference policy, reward models and evaluation, which route live, and everything else that TRL does.
-    With `use_routing_replay=False` it is `GRPOTrainer`, number for number.
+    With `use_routing_replay=False` it is `GRPOTrainer`, number for number. `use_sampling_mask_replay=True` restricts
+    the training distribution to what truncated sampling left, with or without routing replay.
 
     Args:
         args ([`R3GRPOConfig`], *optional*):

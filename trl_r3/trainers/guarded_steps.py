@@ -21,6 +21,7 @@ class GuardedStepsMixin(ReplayLogMixin):
     if TYPE_CHECKING:  # what the trainer has
         _use_replay: bool
         _scoring: Scoring | None
+        _masked: Scoring | None
 
         @property
         def routing_replay(self) -> RouterReplay: ...
@@ -54,5 +55,5 @@ class GuardedStepsMixin(ReplayLogMixin):
         ```
         """
         guard = self.routing_replay.guard or TrainingGuard()
-        with swapped(self, "_scoring", None), swapped(guard, "allows_live", True):
+        with swapped(self, "_scoring", None), swapped(self, "_masked", None), swapped(guard, "allows_live", True):
             yield

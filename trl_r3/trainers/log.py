@@ -67,9 +67,9 @@ class ReplayLogMixin(_Trainer):
         top_p: float
         top_k: int
         min_p: float | None
+        _use_masks: bool
 
     _last_compared: int | None = None  # step of the last comparison with live routing
-    _said_truncated = False  # that the rollout's log-probabilities cannot be compared
 
     def __init__(self, *args, **kwargs):
         self._shares: dict[str, Tensor] = {}  # by metric: (part, whole)
@@ -98,25 +98,19 @@ class ReplayLogMixin(_Trainer):
         padded = pad(logprobs, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
         return padded.to(completion_ids.device)
 
-    def _rollout_logprobs(self, batch: dict[str, Any]) -> Tensor | None:
-        """(B, C) log-probabilities that the rollout sampled with, where they are over the whole vocabulary."""
+    def _truncation(self) -> str:
+        """What cuts the distribution that rollouts are drawn from, by name."""
         own = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         sampling = {**own, **(self.args.generation_kwargs or {})}  # TRL lets these override its own
         top_p, top_k, min_p = (sampling[name] for name in own)
         cut = {"top_p": top_p is not None and top_p < 1.0, "top_k": (top_k or 0) > 0, "min_p": (min_p or 0) > 0}
-        if not self.use_vllm or not any(cut.values()):
-            return batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
-        if not self._said_truncated:
-            self._said_truncated = True
-            named = ", ".join(f"{name}={sampling[name]}" for name, cuts in cut.items() if cuts)
-            warnings.warn(
-                f"`sampling/*` is not logged with {named}: vLLM normalises its log-probabilities over the tokens that "
-                "are kept, training over the whole vocabulary, and the difference would look like mismatch. Set "
-                "`top_p=1.0`, `top_k=0` and `min_p=None` to see the mismatch.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return None
+        return ", ".join(f"{name}={sampling[name]}" for name, cuts in cut.items() if cuts)
+
+    def _rollout_logprobs(self, batch: dict[str, Any]) -> Tensor | None:
+        """(B, C) log-probabilities that the rollout sampled with, where they are over the tokens of training."""
+        if self.use_vllm and not self._use_masks and self._truncation():
+            return None  # vLLM normalises over the tokens that are kept, which would look like mismatch
+        return batch.get("rollout_logprobs", batch.get("sampling_per_token_logps"))
 
     def _log_mismatch(self, batch: dict[str, Any], train_logprobs: Tensor | None, prefix: str = "sampling") -> None:
         """Log rollout against training, at weights that have not changed since the rollout."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._compat import adapters_are_off, extra_fields, swapped
+from .._compat import extra_fields, swapped
 from ..engines.capture import capture, rollout_of_func
 from ..engines.continuous_batching import recordable_config
 from ..engines.generate_settings import check_decoding
@@ -25,12 +25,14 @@ from ..routers.router_replay import RouterReplay
 from .alarm import Alarm
 from .construction import check_parent, check_setup
 from .guarded_steps import GuardedStepsMixin
+from .log import ReplayLogMixin
 from .rollout import Rollout, Scoring
+from .sampling_masks import SamplingMaskMixin
 from .together import raise_together
 from .tracing import Tracer
 
 
-class RoutingReplayMixin(GuardedStepsMixin):
+class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
     """
     Routing replay for a trainer of the GRPO family: a delta of the passes that generate and score.
 
@@ -40,7 +42,7 @@ class RoutingReplayMixin(GuardedStepsMixin):
     """
 
     def __init__(self, *args, **kwargs):
-        check_parent(type(self), RoutingReplayMixin)
+        check_parent(type(self), ReplayLogMixin)
         self._attached_replay: RouterReplay | None = None
         self._alarm: Alarm | None = None
         self._tracer: Tracer | None = None
@@ -158,11 +160,13 @@ class RoutingReplayMixin(GuardedStepsMixin):
                 Prompts, one a completion.
 
         Returns:
-            `tuple[Turn, list]`: The turn with its records (join turns with [`stitch`]), and the log-probabilities of
-            its sampled tokens. In evaluation there are no records, and no log-probabilities where TRL has none.
+            `tuple[Turn, list]`: The turn with its records and sampling masks (join turns with [`stitch`]), and the
+            log-probabilities of its sampled tokens. In evaluation there are no records, and no log-probabilities
+            where TRL has none.
         """
         completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, 1)
         turn = self._turns.pop() if self._turns else Turn(prompt_ids, completion_ids, [])
+        self._add_masks(turn)
         if logprobs is None and turn.logprobs is not None:
             logprobs = [values.tolist() for values in turn.logprobs]
         return turn, logprobs
@@ -209,7 +213,8 @@ class RoutingReplayMixin(GuardedStepsMixin):
             output["routed_samples"] = rollout.identities(output["completion_ids"].device)
             rollout.count_rows_that_matter(output)
             if rollout.logprobs is not None:
-                output["rollout_logprobs"] = self._padded_like(rollout.logprobs, output["completion_ids"])
+                # those over kept tokens are there, where sampling masks are replayed
+                output.setdefault("rollout_logprobs", self._padded_like(rollout.logprobs, output["completion_ids"]))
             self._check_rollout(rollout, scoring)
             self._log_mismatch(output, scoring.old_logprobs)
         live_logprobs = None
@@ -289,10 +294,6 @@ class RoutingReplayMixin(GuardedStepsMixin):
         assert self._rollout is not None  # an update follows a rollout
         unjudged = self.args.routing_replay_mode == "R2" or not scoring.has_old_policy
         return unjudged and self._rollout.step == self.state.global_step
-
-    def _is_reference(self, model) -> bool:
-        # with PEFT the reference is the policy's own module, so the pass tells, not the module
-        return model is self.ref_model or adapters_are_off(self.accelerator.unwrap_model(model))
 
     def _record_old_policy(self, score: Callable, scoring: Scoring, prompt_width: int):
         with self.routing_replay.record() as recorded:

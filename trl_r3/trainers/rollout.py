@@ -16,6 +16,7 @@ from ..engines.turns import RolloutRecord
 from ..records.checks import MisalignedRecordError, rows_that_matter
 from ..records.layout import RoutingLayout
 from ..records.samples import Sample, ScoredBatch
+from ..records.sampling_masks import SamplingMask
 
 
 @dataclass
@@ -42,9 +43,12 @@ class Rollout:
         tokens = [
             torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
         ]
+        masks: Sequence[SamplingMask | None] = record.masks or [None] * len(tokens)
         samples = [
-            Sample(first + i, ids, length, rows)
-            for i, (ids, length, rows) in enumerate(zip(tokens, record.prompt_lengths, record.records, strict=True))
+            Sample(first + i, ids, length, rows, mask=mask)
+            for i, (ids, length, rows, mask) in enumerate(
+                zip(tokens, record.prompt_lengths, record.records, masks, strict=True)
+            )
         ]
         return cls(samples, record.logprobs, step)
 
@@ -64,7 +68,8 @@ class Rollout:
         if wrong:
             raise MisalignedRecordError(
                 f"the batch names sample {wrong[0]}, but the rollout has {self.first} to {last}: it is that of an "
-                "earlier rollout, or its `routed_samples` was edited. Train on the batch of the last rollout."
+                "earlier rollout, or its `routed_samples` or `masked_samples` was edited. Train on the batch of the "
+                "last rollout."
             )
         return [self.samples[identity - self.first] for identity in identities]
 
