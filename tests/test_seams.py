@@ -27,15 +27,15 @@ from model_zoo import build_tiny
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.distributed import DistributedConfig
-from transformers.generation.continuous_batching import continuous_api, input_outputs, requests
+from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, requests
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.generation import vllm_client, vllm_generation
 from trl.import_utils import is_vllm_available
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, pad
+from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx, pad
 
 import trl_r3
-from trl_r3._compat import checkpoint_functions, implementations, uses_kernels
+from trl_r3._compat import checkpoint_functions, implementations, swapped, uses_kernels
 from trl_r3.trainers.construction import _NEEDED
 
 PACKAGE = Path(trl_r3.__file__).parent
@@ -121,6 +121,26 @@ def offloading_is_seen() -> bool:
     accelerate.cpu_offload(model)
     fetched = "forward" in vars(embedding) or bool(embedding._forward_pre_hooks)
     return embedding.weight.is_meta and fetched and embedding._hf_hook.execution_device is not None
+
+
+def head_is_called() -> bool:
+    """
+    Whether TRL's scoring forward looks its function up on each call, and hands over nine arguments in this order.
+    """
+    model, seen = build_tiny("qwen3_moe"), []
+    add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
+
+    class Function:
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+            seen.append((hidden.shape[0], weight is model.lm_head.weight, bias, targets.shape, temperature, softcap))
+            seen.append((logit_scale, outputs))
+            return torch.zeros(hidden.shape[0]), torch.zeros(hidden.shape[0]), None, None, None
+
+    ids = torch.arange(2, 8)[None]
+    with swapped(trl.trainer.utils, "_ChunkedLogProbFunction", Function):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)
+    return seen == [(5, True, None, (5,), 0.5, None), (1.0, ("log_probs", "entropy"))]
 
 
 def imports(module, name: str, source: str) -> bool:
@@ -267,6 +287,41 @@ SEAMS = [
         "trainers/log.py",
         "trl.trainer.utils.pad(tensors, padding_value, padding_side, pad_to_multiple_of)",
         lambda: takes(pad, "tensors", "*", "padding_value", "padding_side", "pad_to_multiple_of"),
+    ),
+    Seam(
+        "trainers/restricted_head.py",
+        "trl.trainer.utils calls _ChunkedLogProbFunction.apply by name, with the head gathered",
+        head_is_called,
+    ),
+    *(
+        Seam(
+            "trainers/restricted_head.py",
+            f"{trainer.__name__} scores model(labels=labels, fused_lm_head=True)",
+            lambda t=trainer: "labels=labels, fused_lm_head=True)" in inspect.getsource(getattr(t, SCORES)),
+        )
+        for trainer in (trl.GRPOTrainer, trl.RLOOTrainer)
+    ),
+    Seam(
+        "trainers/kept_logprobs.py",
+        "trl.trainer.utils.maybe_gather_lm_head_ctx(*params)",
+        lambda: takes(maybe_gather_lm_head_ctx, "params"),
+    ),
+    Seam(
+        "engines/kept_tokens.py",
+        "GenerationMixin._get_logits_processor makes the list of one generate, and of continuous batching",
+        lambda: (
+            "self._get_logits_processor(" in inspect.getsource(GENERATE)
+            and "_get_logits_processor(generation_config)" in inspect.getsource(continuous_api)
+        ),
+    ),
+    Seam(
+        "engines/kept_batches.py",
+        "ContinuousBatchProcessor.model_runner, ModelRunner._sample(scores, output_ids)",
+        lambda: (
+            sets(PROCESSOR, "model_runner")
+            and takes(model_runner.ModelRunner._sample, "scores", "output_ids", "*")
+            and "self._sample(scores, output_ids)" in inspect.getsource(model_runner)
+        ),
     ),
     Seam(
         "engines/vllm_engine.py",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .gating import GatingOutput, RowStatus, masked_topk_gating
     from .records.checks import MisalignedRecordError
     from .records.layout import RoutingLayout
+    from .records.sampling_masks import SamplingMask
     from .records.trace_file import load_trace
     from .routers.router_replay import RouterReplay
     from .routers.self_check import UnsupportedRouterError
@@ -28,6 +29,7 @@ _ROOMS = {
     "gating": ("GatingOutput", "RowStatus", "masked_topk_gating"),
     "records.checks": ("MisalignedRecordError",),
     "records.layout": ("RoutingLayout",),
+    "records.sampling_masks": ("SamplingMask",),
     "records.trace_file": ("load_trace",),
     "routers.router_replay": ("RouterReplay",),
     "routers.self_check": ("UnsupportedRouterError",),
@@ -52,6 +54,7 @@ __all__ = [
     "RoutingLayout",
     "RoutingReportCallback",
     "RowStatus",
+    "SamplingMask",
     "Turn",
     "UnsupportedRouterError",
     "changed_router_frac",

@@ -74,7 +74,10 @@ def samples():
 
 
 def batch_of(samples, prompt_width=3, width=7):
-    input_ids, scored = torch.zeros(len(samples), width, dtype=torch.int64), torch.zeros(len(samples), width - 1).bool()
+    input_ids, scored = (
+        torch.zeros(len(samples), width, dtype=torch.int64),
+        torch.zeros(len(samples), width - 1).bool(),
+    )
     for row, sample in enumerate(samples):
         start = prompt_width - sample.prompt_length
         input_ids[row, start : start + len(sample.tokens)] = sample.tokens
@@ -86,7 +89,9 @@ def kept_by_token(kept, input_ids):
     """Sample, position of the predicted token, the token and its kept ids, in the order of the forward."""
     width = input_ids.shape[1] - 1
     ids = kept.ids.split(kept.counts.tolist())
-    found = [(int(row) // width, int(row) % width + 1, each.tolist()) for row, each in zip(kept.rows, ids, strict=True)]
+    found = [
+        (int(row) // width, int(row) % width + 1, each.tolist()) for row, each in zip(kept.rows, ids, strict=True)
+    ]
     return sorted((b, t, int(input_ids[b, t]), each) for b, t, each in found)
 
 

@@ -275,9 +275,9 @@ def test_everything_is_given_back(scored):
     samples, input_ids, attention_mask = scored
     model, own = MODELS["qwen3"](), utils._ChunkedLogProbFunction
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    with pytest.raises(RuntimeError, match="sampling masks know"):
-        with restricted_head(model, MaskedBatch(samples, PROMPT_WIDTH)):
-            forward(model, input_ids, attention_mask)
+    refused = pytest.raises(RuntimeError, match="sampling masks know")
+    with refused, restricted_head(model, MaskedBatch(samples, PROMPT_WIDTH)):
+        forward(model, input_ids, attention_mask)
     assert utils._ChunkedLogProbFunction is own
     assert not model._forward_pre_hooks
 
@@ -285,9 +285,9 @@ def test_everything_is_given_back(scored):
 def test_a_pass_without_the_head_is_an_error(scored):
     samples, input_ids, _ = scored
     model = MODELS["qwen3"]()
-    with pytest.raises(RuntimeError, match="0 of 3 samples were scored over what their sampling masks keep"):
-        with restricted_head(model, MaskedBatch(samples, PROMPT_WIDTH)):
-            model(input_ids=input_ids)
+    refused = pytest.raises(RuntimeError, match="0 of 3 samples were scored over what their sampling masks keep")
+    with refused, restricted_head(model, MaskedBatch(samples, PROMPT_WIDTH)):
+        model(input_ids=input_ids)
 
 
 def test_ids_of_another_model(scored):
@@ -295,9 +295,9 @@ def test_ids_of_another_model(scored):
     samples[0].mask.ids[1] = VOCAB
     model = MODELS["qwen3"]()
     add_fused_lm_head(model)
-    with pytest.raises(ValueError, match="but the head of the model has 97 rows"):
-        with restricted_head(model, MaskedBatch(samples, PROMPT_WIDTH)):
-            forward(model, input_ids, attention_mask)
+    refused = pytest.raises(ValueError, match="but the head of the model has 97 rows")
+    with refused, restricted_head(model, MaskedBatch(samples, PROMPT_WIDTH)):
+        forward(model, input_ids, attention_mask)
 
 
 def test_only_what_is_scored_may_be_handed_over(scored):
