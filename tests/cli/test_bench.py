@@ -25,6 +25,9 @@ TINY = BenchSettings(
     scored=8,
     launch_layers=2,
     launch_rounds=2,
+    vocabulary=64,
+    kept=(4,),
+    mask_pairs=1,
 )
 
 
@@ -39,7 +42,12 @@ def test_log(log):
     findings = {entry["what"]: entry for entry in log["findings"]}
     assert log["settings"]["num_experts"] == 8
     assert {"torch", "transformers"} <= set(log["versions"])
-    assert [entry["target"] for what, entry in findings.items() if what.endswith("with over without")] == [1.02, 1.03]
+    assert [entry["target"] for what, entry in findings.items() if what.endswith("with over without")] == [
+        1.02,
+        1.03,
+        1.03,
+    ]
+    assert findings["bytes of masks over bound, 4 ids a token"]["value"] <= 1
     assert findings["stored bytes a token and MoE layer"]["value"] == 2
     assert findings["k3_kl with replay over without"]["target"] == 0.15
     for entry in findings.values():

@@ -192,7 +192,7 @@ def _samples_of(turn: Turn, samples: Sequence[_Stitched]) -> list[int]:
     far as both go; then the sample should be about to go on there, lack what the entry has and, in a turn of all
     samples, have its index. Of what is still equal, the first entry takes the first sample.
     """
-    entries = len(turn.prompt_ids)
+    entries = len(turn.records if turn.masks is None else turn.masks)  # none in evaluation
     in_order = entries == len(samples)
     prices: list[dict[int, int]] = []  # by entry: sample, price
     for entry in range(entries):

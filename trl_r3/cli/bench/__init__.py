@@ -20,6 +20,7 @@ from .alarm import alarm_cost
 from .costs import generation_cost, storage, training_cost
 from .fidelity import mismatch, own_record
 from .launches import launches
+from .masks import mask_cost
 from .records import record_making
 from .setup import BenchSettings, Finding
 from .trace import trace_cost
@@ -32,6 +33,7 @@ PARTS: tuple[Callable[[BenchSettings], list[Finding]], ...] = (
     launches,
     alarm_cost,
     trace_cost,
+    mask_cost,
     storage,
     mismatch,
     own_record,

@@ -40,7 +40,8 @@ def paired(prepare: Callable[[bool], Any], pairs: int) -> tuple[float, float]:
     return statistics.median(seconds[False]), statistics.median(seconds[True])
 
 
-def _cost(what: str, target: float, without: float, with_replay: float) -> list[Finding]:
+def cost(what: str, target: float, without: float, with_replay: float) -> list[Finding]:
+    """The lines of one comparison."""
     return [
         Finding(f"{what}: with over without", with_replay / without, target),
         Finding(f"{what}: seconds without", without),
@@ -70,7 +71,7 @@ def training_cost(settings: BenchSettings) -> list[Finding]:
 
             yield step
 
-    return _cost("training step", 1.02, *paired(prepare, settings.pairs))
+    return cost("training step", 1.02, *paired(prepare, settings.pairs))
 
 
 def generation_cost(settings: BenchSettings) -> list[Finding]:
@@ -90,7 +91,7 @@ def generation_cost(settings: BenchSettings) -> list[Finding]:
             else:
                 yield lambda: model.generate(**kwargs)
 
-    return _cost("generation", 1.03, *paired(prepare, settings.pairs))
+    return cost("generation", 1.03, *paired(prepare, settings.pairs))
 
 
 def storage(settings: BenchSettings) -> list[Finding]:

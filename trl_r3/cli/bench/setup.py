@@ -40,6 +40,9 @@ class BenchSettings:
             Layers of the model that sees few tokens, and number of measurements of each way.
         rollout_samples, rollout_tokens (`int`):
             Completions and tokens of the rollout whose records are made.
+        vocabulary (`int`), kept (`tuple[int, ...]`), mask_pairs (`int`):
+            Tokens of the dense model that sampling masks are measured on, how many of them are kept, and number of
+            measurements with and without.
     """
 
     hidden_size: int = 256
@@ -59,6 +62,9 @@ class BenchSettings:
     launch_rounds: int = 200
     rollout_samples: int = 64
     rollout_tokens: int = 1024
+    vocabulary: int = 32_768
+    kept: tuple[int, ...] = (8, 512)
+    mask_pairs: int = 10
 
 
 @dataclass
