@@ -5,6 +5,7 @@ Legend: P prompt tokens, C completion tokens, L MoE layers, D decoder layers, K 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from ..records.storage import pack, slice_samples
 from ..routers.router_replay import RouterReplay
 from .continuous_batching import recorded_batches
 from .generate import generate_with_routes
+from .known_routes import KnownRoutes
 from .payloads import decode_vllm_output
 from .turns import RolloutRecord, Turn, stitch
 
@@ -63,7 +65,7 @@ def to_record(ids: np.ndarray | Tensor, layout: RoutingLayout, sample: int) -> T
     return pack(selected, layout, sample=sample)
 
 
-def capture(trainer: Any, replay: RouterReplay) -> AbstractContextManager[MakeTurn]:
+def capture(trainer: Any, replay: RouterReplay, known: KnownRoutes) -> AbstractContextManager[MakeTurn]:
     """
     Record one call of `trainer._generate_single_turn`.
 
@@ -72,14 +74,16 @@ def capture(trainer: Any, replay: RouterReplay) -> AbstractContextManager[MakeTu
             The trainer; its settings tell the engine.
         replay ([`RouterReplay`]):
             Handle on its policy.
+        known ([`KnownRoutes`]):
+            What vLLM has returned in this rollout.
 
     Returns:
         A context manager. What it yields makes the [`Turn`] once the call has returned.
     """
     if trainer.use_vllm:
         if trainer.vllm_mode == "server":
-            return _vllm_server(trainer, replay.layout)
-        return _vllm_colocate(trainer, replay.layout)
+            return _vllm_server(trainer, replay.layout, known)
+        return _vllm_colocate(trainer, replay.layout, known)
     if trainer.use_transformers_continuous_batching:
         return _continuous_batching(trainer, replay)
     return _transformers(trainer, replay)
@@ -133,50 +137,74 @@ def _continuous_batching(trainer: Any, replay: RouterReplay) -> Iterator[MakeTur
 
 
 @contextmanager
-def colocated_completions(trainer: Any) -> Iterator[Callable[[int], list]]:
+def colocated_outputs(trainer: Any, prepare: Callable[[Sequence, Any], Any]) -> Iterator[list]:
     """
     Keep what the colocated engine returns to one call of `trainer._generate_single_turn`.
 
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer.
+        prepare (`Callable`):
+            Given the prompts and the sampling parameters of TRL, the parameters that the engine gets.
+
     Yields:
-        `Callable`: Given the number of prompts, after the call: one `CompletionOutput` a prompt.
+        list of the `RequestOutput`s, after the call.
     """
+    llm, outputs = trainer.vllm_generation.llm, []
+    own_generate = llm.generate
+
+    def generate(prompts, sampling_params=None, **kwargs):
+        outputs.extend(own_generate(prompts, sampling_params=prepare(prompts, sampling_params), **kwargs))
+        return outputs
+
+    with swapped(llm, "generate", generate):
+        yield outputs
+
+
+def own_completions(trainer: Any, completions: list, count: int) -> list:
+    """Of what a colocated engine made, the part of this process: every rank of a group generates for all of them."""
     generation = trainer.vllm_generation
-    own_generate, calls = generation.llm.generate, []
-
-    def generate(*args, **kwargs):
-        calls.append(own_generate(*args, **kwargs))
-        return calls[-1]
-
-    def of_this_process(count: int) -> list:
-        (outputs,) = calls
-        completions = [completion for output in outputs for completion in output.outputs]
-        if generation.tensor_parallel_size > 1:  # every rank of a group generates for all, and keeps its share
-            first = torch.distributed.get_rank(group=generation.tp_group) * count
-            completions = completions[first : first + count]
+    if generation.tensor_parallel_size == 1:
         return completions
-
-    with swapped(generation.llm, "generate", generate):
-        yield of_this_process
+    first = torch.distributed.get_rank(group=generation.tp_group) * count
+    return completions[first : first + count]
 
 
 @contextmanager
-def _vllm_colocate(trainer: Any, layout: RoutingLayout) -> Iterator[MakeTurn]:
-    with colocated_completions(trainer) as completions_of:
+def _vllm_colocate(trainer: Any, layout: RoutingLayout, known: KnownRoutes) -> Iterator[MakeTurn]:
+    def only_missing(prompts: Sequence, sampling: Any) -> Any:
+        starts = [known.start(prompt["prompt_token_ids"]) for prompt in prompts]
+        if not any(starts) or not hasattr(sampling, "routed_experts_prompt_start"):  # which an older vLLM lacks
+            return sampling
+        each = [copy.copy(sampling) for _ in starts]
+        for parameters, start in zip(each, starts, strict=True):
+            parameters.routed_experts_prompt_start = start
+        return each
+
+    with colocated_outputs(trainer, only_missing) as outputs:
 
         def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
-            completions = completions_of(len(prompt_ids))
-            records = [to_record(decode_vllm_output(each), layout, sample) for sample, each in enumerate(completions)]
-            return Turn(prompt_ids, completion_ids, records)
+            routes = [
+                known.complete(output.prompt_token_ids, completion.token_ids, decode_vllm_output(completion))
+                for output in outputs
+                for completion in output.outputs
+            ]
+            known.end_turn()
+            own = own_completions(trainer, routes, len(prompt_ids))
+            return Turn(prompt_ids, completion_ids, [to_record(ids, layout, sample) for sample, ids in enumerate(own)])
 
         yield make_turn
 
 
 @contextmanager
-def _vllm_server(trainer: Any, layout: RoutingLayout) -> Iterator[MakeTurn]:
+def _vllm_server(trainer: Any, layout: RoutingLayout, known: KnownRoutes) -> Iterator[MakeTurn]:
     accelerator = trainer.accelerator
+    client = trainer.vllm_generation.vllm_client if accelerator.is_main_process else None
+    if client is not None:
+        client.known_routes = known
 
     def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
-        routes = trainer.vllm_generation.vllm_client.take_routes() if accelerator.is_main_process else None
+        routes = client.take_routes() if client is not None else None
         own = _own_share(accelerator, routes, len(prompt_ids))
         return Turn(prompt_ids, completion_ids, [to_record(ids, layout, sample) for sample, ids in enumerate(own)])
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..records.sampling_masks import SamplingMask
-from .capture import Prompts, colocated_completions
+from .capture import Prompts, colocated_outputs, own_completions
 from .kept_batches import kept_by_batches
 from .kept_tokens import kept_by_generate
 from .turns import RolloutRecord, Turn
@@ -30,10 +30,11 @@ def capture_masks(trainer: Any) -> Iterator[Callable[[Prompts, Prompts], Turn]]:
         over what they keep.
     """
     if trainer.use_vllm:
-        with colocated_completions(trainer) as completions_of:
+        with colocated_outputs(trainer, lambda prompts, sampling: sampling) as outputs:
 
             def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
-                completions = completions_of(len(prompt_ids))
+                completions = [completion for output in outputs for completion in output.outputs]
+                completions = own_completions(trainer, completions, len(prompt_ids))
                 masks = [decode_vllm_mask(each, sample) for sample, each in enumerate(completions)]
                 return Turn(prompt_ids, completion_ids, [], masks=masks)
 

@@ -15,6 +15,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.import_utils import is_vllm_available
 
 from .._compat import swapped
+from .known_routes import KnownRoutes
 from .payloads import decode_vllm_http
 from .vllm_masks import check_mask_settings
 from .vllm_versions import check_vllm_masks, check_vllm_version, vllm_engine_kwargs, vllm_serve_command
@@ -95,6 +96,7 @@ class RoutedVLLMClient(VLLMClient):
         super().__init__(*args, **kwargs)
         self._answers = threading.local()  # choices of the last response, of each requesting thread
         self._routes: list[np.ndarray] = []
+        self.known_routes = KnownRoutes()  # of this rollout
         self.version = version = self._get(f"{self.base_url}/version")["version"]
         check_vllm_version(version)
         if not _returns_routes(self.get_server_info()):
@@ -115,12 +117,21 @@ class RoutedVLLMClient(VLLMClient):
             raise ValueError("routes of multimodal prompts cannot be aligned. Set `use_routing_replay=False`.")
 
         def send(prompt: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
-            answer = super(RoutedVLLMClient, self).generate([prompt], **kwargs)
+            settings = kwargs
+            if start := self.known_routes.start(prompt):
+                extra = {**(kwargs.get("generation_kwargs") or {}), "routed_experts_prompt_start": start}
+                settings = {**kwargs, "generation_kwargs": extra}
+            answer = super(RoutedVLLMClient, self).generate([prompt], **settings)
             return answer, [self.decode(choice.get("routed_experts")) for choice in self._answers.choices]
 
         with ThreadPoolExecutor(max_workers=min(_CONCURRENT_REQUESTS, max(len(prompts), 1))) as executor:
             answers = list(executor.map(send, prompts))
-        self._routes = [ids for _, routes in answers for ids in routes]
+        self._routes = [
+            self.known_routes.complete(prompt, completion, ids)
+            for prompt, (answer, routes) in zip(prompts, answers, strict=True)
+            for completion, ids in zip(answer["completion_ids"], routes, strict=True)
+        ]
+        self.known_routes.end_turn()
         return {key: _joined([answer[key] for answer, _ in answers]) for key in answers[0][0]}
 
     def decode(self, payload: str | None) -> np.ndarray:

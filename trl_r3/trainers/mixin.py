@@ -15,6 +15,7 @@ from .._compat import extra_fields, swapped
 from ..engines.capture import capture, rollout_of_func
 from ..engines.continuous_batching import recordable_config
 from ..engines.generate_settings import check_decoding
+from ..engines.known_routes import KnownRoutes
 from ..engines.turns import RolloutRecord, Turn, stitch
 from ..engines.vllm_engine import capturing_vllm
 from ..records.samples import ScoredBatch
@@ -48,6 +49,7 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
         self._tracer: Tracer | None = None
         self._evaluates = False
         self._turns: list[Turn] = []
+        self._known_routes = KnownRoutes()
         self._rollout_error: Exception | None = None
         self._rollout: Rollout | None = None
         self._scoring: Scoring | None = None
@@ -139,7 +141,7 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
                 "vLLM expands image placeholders itself, so that its rows would not be those of the training tokens. "
                 "Generate with Transformers (`use_vllm=False`), leave images out, or set `use_routing_replay=False`."
             )
-        with capture(self, self.routing_replay) as make_turn:
+        with capture(self, self.routing_replay, self._known_routes) as make_turn:
             generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
         # the tool loop goes on to edit these lists
@@ -172,7 +174,7 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
         return turn, logprobs
 
     def _generate(self, prompts):
-        self._turns, self._rollout_error = [], None
+        self._turns, self._rollout_error, self._known_routes = [], None, KnownRoutes()
         try:
             output = super()._generate(prompts)
             fields = extra_fields(output) if getattr(self, "rollout_func", None) is not None else None
@@ -187,7 +189,7 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
                     error = refusal
             raise_together(self.accelerator, error)
         finally:
-            self._turns, self._rollout_error = [], None
+            self._turns, self._rollout_error, self._known_routes = [], None, KnownRoutes()
         assert self._scoring is not None and record is not None
         after = 0 if self._rollout is None else self._rollout.first + len(self._rollout.samples)
         self._rollout = Rollout.of(record, output[0], output[1], first=after, step=self.state.global_step)
