@@ -45,6 +45,7 @@ class FakeVLLM:
     version: str = "0.30.0"
     info: dict[str, Any] = field(default_factory=lambda: {"model_config": dict(CAPTURES)})
     returns_routes: bool = True
+    leaves_out: bool = True  # rows before `routed_experts_prompt_start`
     failures: list[int] = field(default_factory=list)  # HTTP statuses of the next completions
     longest_delay: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +62,9 @@ class FakeVLLM:
             for index in range(body["n"]):
                 tokens = completion_of(prompt, index)
                 named = [f"token_id:{token}" for token in tokens]
+                routes = routes_of([*prompt, *tokens])
+                if self.leaves_out:
+                    routes = routes[body.get("routed_experts_prompt_start", 0) :]
                 logprobs = [-0.5 - 0.01 * token for token in tokens]
                 choices.append(
                     {
@@ -72,7 +76,7 @@ class FakeVLLM:
                             "token_logprobs": logprobs,
                             "top_logprobs": [{name: value} for name, value in zip(named, logprobs, strict=True)],
                         },
-                        "routed_experts": npy_base64(routes_of([*prompt, *tokens])) if self.returns_routes else None,
+                        "routed_experts": npy_base64(routes) if self.returns_routes else None,
                     }
                 )
         return {"choices": choices}

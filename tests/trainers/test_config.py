@@ -9,12 +9,12 @@ from trl_r3 import R3GRPOConfig, R3GRPOTrainer, RouterReplay, UnsupportedRouterE
 
 FIELDS = {
     "use_routing_replay": False,
-    "use_sampling_mask_replay": False,
     "routing_replay_mode": "R3",
     "routing_replay_max_missing": 0.0,
     "routing_replay_compare_every": 0,
     "routing_replay_gating": "auto",
     "routing_replay_alarm": "error",
+    "use_sampling_mask_replay": False,
 }
 
 

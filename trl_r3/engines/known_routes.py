@@ -48,7 +48,8 @@ class KnownRoutes:
             if left_out == len(self._rows[before]):
                 rows = np.concatenate([self._rows[before], rows])
         if len(rows) == len(prompt) + len(completion) - 1:
-            self._new[_as_bytes([*prompt, *completion])] = rows
+            # an engine may fill the buffer behind a view again
+            self._new[_as_bytes([*prompt, *completion])] = rows if rows.base is None else rows.copy()
         return rows
 
     def end_turn(self) -> None:

@@ -57,7 +57,8 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
         self._use_replay = bool(getattr(config, "use_routing_replay", False))
         if self._use_replay:
             check_setup(config, kwargs.get("model", args[0] if args else None))
-        with capturing_vllm(config) if self._use_replay and _captures_vllm(config) else nullcontext():
+        asks_vllm = self._use_replay and config.use_vllm and config.routing_replay_mode == "R3"
+        with capturing_vllm(config) if asks_vllm else nullcontext():
             super().__init__(*args, **kwargs)
         if self._use_replay:
             if self.continuous_batching_config is not None:
@@ -162,9 +163,8 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
                 Prompts, one a completion.
 
         Returns:
-            `tuple[Turn, list]`: The turn with its records and sampling masks (join turns with [`stitch`]), and the
-            log-probabilities of its sampled tokens. In evaluation there are no records, and no log-probabilities
-            where TRL has none.
+            `tuple[Turn, list]`: The turn with its records and masks (join turns with [`stitch`]), and the sampled
+            tokens' log-probabilities. In evaluation there are no records, and no log-probabilities where TRL has none.
         """
         completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, 1)
         turn = self._turns.pop() if self._turns else Turn(prompt_ids, completion_ids, [])
@@ -308,7 +308,3 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
         ):
             sample.record = rows
         return result
-
-
-def _captures_vllm(config: Any) -> bool:
-    return config.use_vllm and config.routing_replay_mode == "R3"
