@@ -28,6 +28,8 @@ TINY = BenchSettings(
     vocabulary=64,
     kept=(4,),
     mask_pairs=1,
+    scored_vocabulary=64,
+    scored_batches=1,
 )
 
 
@@ -61,6 +63,8 @@ def test_replay_keeps_what_it_should(log):
     assert other == 0
     own = [value for what, value in findings.items() if what.startswith("own record replayed")]
     assert own == [0] * 6
+    assert findings["k3_kl at top_p 0.8 in float32, with masks"] <= 1e-10
+    assert findings["k3_kl at top_p 0.8 in float32, without"] >= 1e-3
     assert 0 < findings["k3_kl with replay"] < 0.5 * findings["k3_kl without replay"]
 
 

@@ -30,9 +30,9 @@ def test_fields_are_these_and_off_by_default(tmp_path):
 def test_fields_are_read_from_the_command_line(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --bf16 False --use_routing_replay true --routing_replay_mode R2"
     line += " --num_iterations 2 --routing_replay_max_missing 0.25 --routing_replay_compare_every 3"
-    line += " --routing_replay_gating intercept --routing_replay_alarm warn"
+    line += " --routing_replay_gating intercept --routing_replay_alarm warn --use_sampling_mask_replay true"
     (config,) = HfArgumentParser(R3GRPOConfig).parse_args_into_dataclasses(line.split())
-    assert [getattr(config, name) for name in FIELDS] == [True, "R2", 0.25, 3, "intercept", "warn"]
+    assert [getattr(config, name) for name in FIELDS] == [True, "R2", 0.25, 3, "intercept", "warn", True]
 
 
 def test_command_line_offers_the_modes(tmp_path, capsys):

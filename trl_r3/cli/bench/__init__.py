@@ -20,6 +20,7 @@ from .alarm import alarm_cost
 from .costs import generation_cost, storage, training_cost
 from .fidelity import mismatch, own_record
 from .launches import launches
+from .mask_fidelity import mask_mismatch
 from .masks import mask_cost
 from .records import record_making
 from .setup import BenchSettings, Finding
@@ -36,6 +37,7 @@ PARTS: tuple[Callable[[BenchSettings], list[Finding]], ...] = (
     mask_cost,
     storage,
     mismatch,
+    mask_mismatch,
     own_record,
     record_making,
 )

@@ -29,7 +29,7 @@ def mask_cost(settings: BenchSettings) -> list[Finding]:
 
     Kept are the likeliest tokens of each position and the sampled one, as top-k leaves them.
     """
-    model = _dense_model(settings).train()
+    model = dense_model(settings, vocab_size=settings.vocabulary).train()
     ids, prompt = random_ids(model, settings.batch, settings.length), settings.length // 4
     findings: list[Finding] = []
     with torch.no_grad():
@@ -73,19 +73,17 @@ def _likeliest(scores_CV: Tensor, tokens: Tensor, count: int) -> SamplingMask:
     return SamplingMask.of(kept_rows(torch.where(kept_CV, 0.0, -torch.inf)))
 
 
-def _dense_model(settings: BenchSettings) -> Any:
+def dense_model(settings: BenchSettings, **changes: Any) -> Any:
+    """A Qwen3 with random weights."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden_size,
-        intermediate_size=2 * settings.hidden_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=settings.hidden_size // 4,
-        max_position_embeddings=512,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": 2 * settings.hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": settings.hidden_size // 4,
+        "max_position_embeddings": 512,
+    }
+    config = Qwen3Config(**{**sizes, **changes}, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     return AutoModelForCausalLM.from_config(config)

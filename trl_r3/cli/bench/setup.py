@@ -43,6 +43,8 @@ class BenchSettings:
         vocabulary (`int`), kept (`tuple[int, ...]`), mask_pairs (`int`):
             Tokens of the dense model that sampling masks are measured on, how many of them are kept, and number of
             measurements with and without.
+        scored_vocabulary, scored_batches (`int`):
+            Tokens of the dense model whose mismatch is measured, and number of its batches of 32 rollouts.
     """
 
     hidden_size: int = 256
@@ -65,6 +67,8 @@ class BenchSettings:
     vocabulary: int = 32_768
     kept: tuple[int, ...] = (8, 512)
     mask_pairs: int = 10
+    scored_vocabulary: int = 1024
+    scored_batches: int = 20
 
 
 @dataclass
