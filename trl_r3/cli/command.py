@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .bad_input import BadInput, check_writable
 
@@ -47,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--device", default="cpu", help="device of the training forward (default: cpu)")
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    _add_plan(commands)
+
     bench = commands.add_parser("bench", help="measure what replay costs on this CPU, and what it keeps")
     bench.add_argument("--output", type=Path, default=None, help="JSON file to write the numbers to")
     parts = bench.add_subparsers(dest="part")
@@ -58,6 +61,39 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, help="the `output_dir` of a run, or a folder with traces")
     report.add_argument("--output", type=Path, default=None, help="folder to write to (default: inside the first)")
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="say whether a job fits its GPUs and hosts, from the config of its model")
+    plan.add_argument("--model", required=True, help="id on the Hugging Face Hub, or a folder with a config.json")
+    plan.add_argument("--prompts", type=int, required=True, help="prompts of a rollout")
+    plan.add_argument("--generations", type=int, default=8, help="completions of a prompt (default: %(default)s)")
+    plan.add_argument("--tokens", type=int, default=4096, help="tokens of a sample (default: %(default)s)")
+    plan.add_argument("--micro-batch", type=int, default=1, help="samples of a forward (default: %(default)s)")
+    plan.add_argument("--gpus", type=int, default=1, help="processes (default: %(default)s)")
+    plan.add_argument("--gpus-per-host", type=int, default=8, help="of them on a host (default: %(default)s)")
+    plan.add_argument("--strategy", default="ddp", help="ddp, fsdp2, zero2, zero3 or lora (default: %(default)s)")
+    plan.add_argument("--lora-rank", type=int, default=0, help="rank of adapters, with any strategy (default: none)")
+    plan.add_argument(
+        "--lora-target-modules",
+        default="q_proj,k_proj,v_proj,o_proj",
+        help="with adapters, split by commas, or all-linear (default: %(default)s)",
+    )
+    plan.add_argument("--load-in-4bit", action="store_true", help="let bitsandbytes quantize the base of LoRA")
+    plan.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the loaded weights")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, help="GB of a GPU (default: %(default)s)")
+    plan.add_argument("--host-memory", type=float, default=512.0, help="GB of a host (default: %(default)s)")
+    plan.add_argument(
+        "--reserve", type=float, default=0.15, help="share of a GPU for activations and logits (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--engine-share", type=float, default=0.0, help="share of a GPU for a colocated vLLM (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--bandwidth", type=float, default=25.0, help="GB a second from host to device (default: %(default)s)"
+    )
+    plan.add_argument("--spill", action="store_true", help="with `routing_replay_spill_dir`: records in files")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    return {"demo": _demo, "check": _check, "verify": _verify, "bench": _bench, "report": _report}[args.command](args)
+    commands = {"demo": _demo, "check": _check, "plan": _plan, "verify": _verify, "bench": _bench, "report": _report}
+    return commands[args.command](args)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -102,6 +139,13 @@ def _verify(args: argparse.Namespace) -> int:
     from . import verify
 
     return verify.main(args.model, args.engine, args.url, args.dtype, args.device, args.json)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import plan
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "model", "json")}
+    return plan.main(args.model, args.json, settings)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -1,0 +1,103 @@
+"""What a job asks for: sizes of a rollout, GPUs and how the model is spread over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+GB = 1e9
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3", "lora")
+
+
+class PlanError(ValueError):
+    """What cannot be planned, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    The settings of a job.
+
+    Args:
+        prompts, generations, tokens (`int`):
+            Prompts of a rollout, completions of each, and tokens of each sample, the prompt included.
+        micro_batch (`int`):
+            Samples of a forward on each GPU.
+        gpus, gpus_per_host (`int`):
+            Processes, and how many of them share the memory of a host.
+        strategy (`str`):
+            `"ddp"`, `"fsdp2"`, `"zero2"`, `"zero3"`, or `"lora"`, which is `"ddp"` with adapters.
+        lora_rank (`int`):
+            Rank of adapters, with any strategy; 0 trains all weights.
+        lora_target_modules (`str`):
+            Modules with adapters, separated by commas, or `"all-linear"`, where PEFT takes the experts, too.
+        load_in_4bit (`bool`):
+            Whether bitsandbytes loads the base of LoRA.
+        dtype (`str`):
+            `"bfloat16"` or `"float32"`, that the weights are loaded in.
+        gpu_memory, host_memory (`float`):
+            GB of a GPU and of a host.
+        reserve (`float`):
+            Share of the GPU that is left to activations and logits.
+        engine_share (`float`):
+            Share of the GPU that a colocated vLLM takes (`vllm_gpu_memory_utilization`); 0 for a server.
+        bandwidth (`float`):
+            GB a second from host to device.
+        spill (`bool`):
+            Whether `routing_replay_spill_dir` is set.
+    """
+
+    prompts: int
+    generations: int = 8
+    tokens: int = 4096
+    micro_batch: int = 1
+    gpus: int = 1
+    gpus_per_host: int = 8
+    strategy: str = "ddp"
+    lora_rank: int = 0
+    lora_target_modules: str = "q_proj,k_proj,v_proj,o_proj"
+    load_in_4bit: bool = False
+    dtype: str = "bfloat16"
+    gpu_memory: float = 80.0
+    host_memory: float = 512.0
+    reserve: float = 0.15
+    engine_share: float = 0.0
+    bandwidth: float = 25.0
+    spill: bool = False
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise PlanError(
+                f"`--strategy` is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}: set `--strategy fsdp2`."
+            )
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "lora_rank" else 1
+            option = "--" + field.name.replace("_", "-")
+            if field.type == "int" and value < least:
+                raise PlanError(f"`{option}` is {value}, but it counts: set {least} or more.")
+            if field.name in ("gpu_memory", "host_memory", "bandwidth") and not 0 < value < math.inf:
+                raise PlanError(f"`{option}` is {value:g}, but it is a number of GB above 0.")
+            if field.name in ("reserve", "engine_share") and not 0 <= value < 1:
+                raise PlanError(f"`{option}` is {value:g}, but it is a share from 0 to below 1.")
+        if self.reserve + self.engine_share >= 1:
+            raise PlanError(
+                f"`--reserve` {self.reserve:g} and `--engine-share` {self.engine_share:g} leave nothing of the GPU: "
+                "lower one of them."
+            )
+        if self.load_in_4bit and not self.rank:
+            raise PlanError("`--load-in-4bit` freezes what it quantizes, so it needs LoRA: add `--lora-rank 16`.")
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapters, 0 without."""
+        return self.lora_rank or (16 if self.strategy == "lora" else 0)
+
+    @property
+    def samples(self) -> int:
+        """Completions of a rollout."""
+        return self.prompts * self.generations
+
+    @property
+    def samples_of_a_rank(self) -> int:
+        """Completions whose records one process keeps."""
+        return -(-self.samples // self.gpus)

@@ -1,0 +1,141 @@
+"""Bytes of records, weights, gradients and optimizer, and where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .job import GB, Job
+from .model import ModelFacts
+
+_TOKEN_IDS = 8  # bytes; a sample keeps its tokens beside its record, in int64
+# NF4 keeps half a byte a weight and, for each block of 64, a scale in float32
+_FOUR_BIT = 0.5 + 4 / 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Bytes of a job, and whether they fit.
+
+    Args:
+        record_a_token (`int`):
+            Bytes of a record for each token.
+        records (`int`):
+            Of the whole rollout.
+        records_of_a_rank (`int`):
+            Of the samples of one process, in host memory.
+        records_on_device (`int`):
+            Of one micro-batch.
+        host (`int`):
+            Records and token ids of all processes of a host.
+        seconds_to_move (`float`):
+            For the records of a process to reach its device once. Each pass over the rollout moves them.
+        weights, gradients, optimizer, gathered (`float`):
+            On each GPU; `gathered` is what sharding brings together for the layers that run.
+        gpu_available, host_available (`float`):
+            What of a GPU is left to these, and the memory of a host.
+        engine_fits (`bool`):
+            Whether a colocated engine holds its own copy of the weights.
+    """
+
+    record_a_token: int
+    records: int
+    records_of_a_rank: int
+    records_on_device: int
+    host: int
+    seconds_to_move: float
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    gpu_available: float
+    host_available: float
+    engine_fits: bool
+
+    @property
+    def gpu(self) -> float:
+        """Bytes on each GPU."""
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.records_on_device
+
+    @property
+    def gpu_missing(self) -> float:
+        """Bytes that a GPU lacks, not below 0."""
+        return max(self.gpu - self.gpu_available, 0.0)
+
+    @property
+    def host_missing(self) -> float:
+        """Bytes that a host lacks, not below 0."""
+        return max(self.host - self.host_available, 0.0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether GPU and host hold what they have to."""
+        return not self.gpu_missing and not self.host_missing and self.engine_fits
+
+
+def record_bytes(model: ModelFacts) -> int:
+    """Bytes of a record for each token: one id for each MoE layer and each expert of a token."""
+    layout = model.layout
+    return len(layout.moe_layers) * layout.top_k * layout.storage_dtype.itemsize
+
+
+def estimate(model: ModelFacts, job: Job) -> Plan:
+    """
+    Sizes of a job.
+
+    Args:
+        model ([`ModelFacts`]):
+            Sizes of the model.
+        job ([`Job`]):
+            Settings.
+
+    Returns:
+        [`Plan`].
+    """
+    a_token = record_bytes(model)
+    of_a_rank = job.samples_of_a_rank * job.tokens * a_token
+    ranks = min(job.gpus, job.gpus_per_host)
+    token_ids = job.samples_of_a_rank * job.tokens * _TOKEN_IDS
+    weights, gradients, optimizer, gathered = _states(model, job)
+    engine = model.parameters * 2 / min(job.gpus, job.gpus_per_host)
+    return Plan(
+        record_a_token=a_token,
+        records=job.samples * job.tokens * a_token,
+        records_of_a_rank=of_a_rank,
+        records_on_device=job.micro_batch * job.tokens * a_token,
+        host=ranks * (token_ids + (0 if job.spill else of_a_rank)),
+        seconds_to_move=of_a_rank / (job.bandwidth * GB),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        gathered=gathered,
+        gpu_available=job.gpu_memory * GB * (1 - job.reserve - job.engine_share),
+        host_available=job.host_memory * GB,
+        engine_fits=not job.engine_share or engine < job.engine_share * job.gpu_memory * GB,
+    )
+
+
+def _states(model: ModelFacts, job: Job) -> tuple[float, float, float, float]:
+    """
+    Weights, gradients, optimizer and gathered layers on each GPU.
+
+    AdamW keeps two moments in the dtype of what it updates. Accelerate's FSDP2 updates float32 copies wherever mixed
+    precision is on; DeepSpeed keeps bfloat16 weights and gradients beside a float32 copy. Adapters are float32.
+    """
+    size = 2 if job.dtype == "bfloat16" else 4
+    frozen = model.parameters if job.rank else 0
+    base = float(frozen * size)
+    if job.load_in_4bit:
+        base += model.quantizable * (_FOUR_BIT - size)
+    shards, trained = job.gpus, model.trainable
+    layers = 2 * model.largest_layer * 2 if shards > 1 else 0  # one that runs and the next, in bfloat16
+    if job.strategy == "fsdp2":
+        return (base + trained * 4) / shards, trained * 4 / shards, trained * 8 / shards, layers
+    if job.strategy == "zero3":
+        return (base + trained * 2) / shards, trained * 2 / shards, trained * 12 / shards, layers
+    if job.strategy == "zero2":
+        return base + trained * 2, trained * 2 / shards, trained * 12 / shards, 0.0
+    if job.rank:
+        size = 4
+    # with several processes DDP has a bucket for each gradient, beside it
+    return base + trained * size, trained * size * (2 if shards > 1 else 1), trained * size * 2, 0.0
