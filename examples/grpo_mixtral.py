@@ -23,7 +23,7 @@ folders, the latter one with JSON or Parquet files.
 """
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
 
@@ -48,6 +48,7 @@ def main(script_args, training_args, model_args):
         reward_funcs=answer_reward,
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

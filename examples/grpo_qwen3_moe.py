@@ -24,7 +24,7 @@ LoRA on attention, with a larger learning rate, instead:
 import re
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
 
@@ -59,6 +59,7 @@ def main(script_args, training_args, model_args):
         reward_funcs=answer_reward if "answer" in train.column_names else brevity_reward,
         train_dataset=train,
         eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
