@@ -92,7 +92,7 @@ def test_only_trainers_know_trl(path):
 
 
 def test_pure_tensors():
-    """The record as data imports nothing but PyTorch, NumPy and what its file is made of."""
+    """The record as data imports nothing but PyTorch, NumPy and a format of files."""
     standard = set(sys.stdlib_module_names)
     for path in (PACKAGE / "records").glob("*.py"):
         assert tops(path) - standard <= {"torch", "numpy", "safetensors", "trl_r3"}

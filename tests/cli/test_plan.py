@@ -155,12 +155,18 @@ def test_what_is_to_be_changed_makes_it_fit(qwen, capsys):
 
 
 def test_records_that_no_host_holds(qwen):
-    job = Job(prompts=256, tokens=32768, gpus=8, strategy="fsdp2", host_memory=8)
-    first = remedies(qwen, job)[0]
-    assert "routing_replay_spill_dir" in first.change
-    assert first.plan.host == 2048 * 32768 * 8
-    (fewer, *_) = remedies(qwen, Job(prompts=256, tokens=32768, gpus=8, strategy="fsdp2", host_memory=0.2))
-    assert fewer.change == "lower `--prompts` from 256 to 1"
+    settings = {"tokens": 32768, "gpus": 8, "strategy": "fsdp2", "host_memory": 8}
+    (fewer,) = remedies(qwen, Job(prompts=256, **settings))
+    assert fewer.change == "lower `--prompts` from 256 to 77"
+    assert estimate(qwen, Job(prompts=77, **settings)).fits
+    assert not estimate(qwen, Job(prompts=79, **settings)).fits
+
+
+def test_files_relieve_the_host_in_training(qwen):
+    """Not while the rollout is made: then the engine has returned all of it."""
+    memory, files = (estimate(qwen, Job(prompts=256, tokens=32768, spill=spill)) for spill in (False, True))
+    assert memory.host == memory.host_training == files.host
+    assert files.host_training == 2048 * 32768 * 8
 
 
 def test_a_colocated_engine_has_its_own_weights(qwen):

@@ -92,7 +92,11 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--bandwidth", type=float, default=25.0, help="GB a second from host to device (default: %(default)s)"
     )
-    plan.add_argument("--spill", action="store_true", help="with `routing_replay_spill_dir`: records in files")
+    plan.add_argument(
+        "--spill",
+        action="store_true",
+        help="with `routing_replay_spill_dir`: records in files while they are trained on",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 

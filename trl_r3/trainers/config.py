@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..routers.router_replay import GATINGS
@@ -47,6 +49,10 @@ class RoutingReplayConfigMixin:
             Whether the training distribution is restricted to the tokens that top-p, top-k and min-p left in the
             rollout: old-policy pass, updates, reference pass and entropies. With or without routing replay, on dense
             models, too.
+        routing_replay_spill_dir (`str`, *optional*):
+            Folder for the records of a rollout while it is trained on: memory-mapped safetensors files instead of host
+            memory, removed when the next rollout begins. Each process makes a folder of its own in it, so a disk of
+            the host will do. By default records stay in memory.
     """
 
     use_routing_replay: bool = field(
@@ -113,6 +119,13 @@ class RoutingReplayConfigMixin:
             "on dense models, too."
         },
     )
+    routing_replay_spill_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the records of a rollout while it is trained on: memory-mapped safetensors files "
+            "instead of host memory, removed when the next rollout begins. By default records stay in memory."
+        },
+    )
 
 
 def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
@@ -166,6 +179,12 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
             f"`routing_replay_trace_dir` is {args.routing_replay_trace_dir!r}, but without replay there are no "
             "records to write. Set `use_routing_replay=True`, or `routing_replay_trace_dir=None`."
         )
+    spill_dir = args.routing_replay_spill_dir
+    if spill_dir is not None and not (spill_dir and _can_be_written(Path(spill_dir))):
+        raise ValueError(
+            f"`routing_replay_spill_dir` is {spill_dir!r}, which is no folder that can be written to. Set "
+            "`routing_replay_spill_dir` to one with room for the records, or to `None` to keep them in memory."
+        )
     if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
         raise ValueError(
             "`routing_replay_mode='R2'` replays what the old-policy forward recorded, but TRL skips that forward "
@@ -174,6 +193,12 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
             "updates of a batch fall into one optimizer step. Set `num_iterations` or `steps_per_generation` higher "
             "so that one rollout serves several optimizer steps, or `routing_replay_mode='R3'`."
         )
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether a folder, or the nearest path above it that is there, is a folder to write to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def has_old_policy_forward(args: Any) -> bool:

@@ -34,6 +34,8 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
             Write one every so many steps.
         use_sampling_mask_replay (`bool`, *optional*, defaults to `False`):
             Whether the training distribution is restricted to the tokens that truncated sampling left in the rollout.
+        routing_replay_spill_dir (`str`, *optional*):
+            Folder for records while they are trained on, instead of host memory.
 
     Example:
 

@@ -86,6 +86,8 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
         if self._attached_replay is not None:
             self._attached_replay.remove()
         self._attached_replay = self._alarm = self._tracer = None
+        if self._rollout is not None:
+            self._rollout.remove_files()
 
     def _prepare_for_training(self, *args, **kwargs):
         """Of Transformers, when weights are sharded and kernels replaced: here the routers are as they will train."""
@@ -175,6 +177,8 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
 
     def _generate(self, prompts):
         self._turns, self._rollout_error, self._known_routes = [], None, KnownRoutes()
+        if self._replays_now and self._rollout is not None:
+            self._rollout.release()
         try:
             output = super()._generate(prompts)
             fields = extra_fields(output) if getattr(self, "rollout_func", None) is not None else None
@@ -191,10 +195,15 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
         finally:
             self._turns, self._rollout_error, self._known_routes = [], None, KnownRoutes()
         assert self._scoring is not None and record is not None
-        after = 0 if self._rollout is None else self._rollout.first + len(self._rollout.samples)
-        self._rollout = Rollout.of(record, output[0], output[1], first=after, step=self.state.global_step)
+        self._rollout = Rollout.after(self._rollout, record, output[0], output[1], step=self.state.global_step)
+        del record  # what is put into files does not stay in memory
+        self._spill()
         self._scoring.samples = self._rollout.samples
         return output
+
+    def _spill(self) -> None:
+        if self.args.routing_replay_spill_dir is not None and self._rollout is not None:
+            raise_together(self.accelerator, self._rollout.spill(self.args.routing_replay_spill_dir))
 
     def _join(self, fields: dict | None, routes: Any, prompt_ids: list, completion_ids: list) -> RolloutRecord:
         layout = self.routing_replay.layout
@@ -307,4 +316,5 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
             scoring.samples, slice_samples(routes, prompt_width, prompts, completions), strict=True
         ):
             sample.record = rows
+        self._spill()
         return result

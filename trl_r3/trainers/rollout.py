@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..engines.turns import RolloutRecord
@@ -17,6 +18,7 @@ from ..records.checks import MisalignedRecordError, rows_that_matter
 from ..records.layout import RoutingLayout
 from ..records.samples import Sample, ScoredBatch
 from ..records.sampling_masks import SamplingMask
+from ..records.spill import SpilledRecords
 
 
 @dataclass
@@ -31,11 +33,14 @@ class Rollout:
             Log-probabilities that they were sampled with.
         step (`int`):
             Optimizer steps that had been taken.
+        spilled ([`SpilledRecords`], *optional*):
+            The files of the records, where they are in files.
     """
 
     samples: list[Sample]
     logprobs: list[Tensor] | None
     step: int
+    spilled: SpilledRecords | None = None
 
     @classmethod
     def of(cls, record: RolloutRecord, prompt_ids: list, completion_ids: list, *, first: int, step: int) -> Rollout:
@@ -51,6 +56,40 @@ class Rollout:
             )
         ]
         return cls(samples, record.logprobs, step)
+
+    @classmethod
+    def after(
+        cls, previous: Rollout | None, record: RolloutRecord, prompt_ids: list, completion_ids: list, *, step: int
+    ) -> Rollout:
+        """The rollout that replaces another one, if there was one: its identities go on."""
+        first = 0 if previous is None else previous.first + len(previous.samples)
+        return cls.of(record, prompt_ids, completion_ids, first=first, step=step)
+
+    def spill(self, folder: str) -> OSError | None:
+        """Put the records of the samples into files, and return what is to be raised if that fails."""
+        self.remove_files()
+        try:
+            self.spilled = SpilledRecords(folder)
+            for sample in self.samples:  # one after the other, so that memory is given back on the way
+                (sample.record,) = self.spilled.take([sample.record])
+        except (OSError, SafetensorError) as error:
+            return OSError(
+                f"the records of {len(self.samples)} samples cannot be written to `routing_replay_spill_dir` "
+                f"{folder!r}: {error}. Set it to a folder with room for them, or to `None` to keep them in memory."
+            )
+        return None
+
+    def release(self) -> None:
+        """Give the records back, in memory or in files, when every update on them has been made."""
+        for sample in self.samples:
+            sample.record = sample.record[:0].clone()
+        self.remove_files()
+
+    def remove_files(self) -> None:
+        """Remove the files of the records, if there are any."""
+        if self.spilled is not None:
+            self.spilled.remove()
+            self.spilled = None
 
     @property
     def first(self) -> int:

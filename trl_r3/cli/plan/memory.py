@@ -27,7 +27,9 @@ class Plan:
         records_on_device (`int`):
             Of one micro-batch.
         host (`int`):
-            Records and token ids of all processes of a host.
+            Records and token ids of all processes of a host, when a rollout has been made.
+        host_training (`int`):
+            The same while it is trained on; with `routing_replay_spill_dir` the records are in files then.
         seconds_to_move (`float`):
             For the records of a process to reach its device once. Each pass over the rollout moves them.
         weights, gradients, optimizer, gathered (`float`):
@@ -43,6 +45,7 @@ class Plan:
     records_of_a_rank: int
     records_on_device: int
     host: int
+    host_training: int
     seconds_to_move: float
     weights: float
     gradients: float
@@ -103,7 +106,8 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
         records=job.samples * job.tokens * a_token,
         records_of_a_rank=of_a_rank,
         records_on_device=job.micro_batch * job.tokens * a_token,
-        host=ranks * (token_ids + (0 if job.spill else of_a_rank)),
+        host=ranks * (token_ids + of_a_rank),
+        host_training=ranks * (token_ids + (0 if job.spill else of_a_rank)),
         seconds_to_move=of_a_rank / (job.bandwidth * GB),
         weights=weights,
         gradients=gradients,

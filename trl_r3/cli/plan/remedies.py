@@ -34,7 +34,7 @@ def remedies(model: ModelFacts, job: Job) -> list[Remedy]:
         list of [`Remedy`].
     """
     plan = estimate(model, job)
-    fixed_job, host_changes = _for_host(plan, model, job)
+    fixed_job, host_changes = _for_host(plan, job)
     found = []
     for change, changed in _for_gpu(plan, model, fixed_job):
         try:
@@ -47,12 +47,9 @@ def remedies(model: ModelFacts, job: Job) -> list[Remedy]:
     return found
 
 
-def _for_host(plan: Plan, model: ModelFacts, job: Job) -> tuple[Job, str]:
+def _for_host(plan: Plan, job: Job) -> tuple[Job, str]:
     if not plan.host_missing:
         return job, ""
-    spilled = replace(job, spill=True)
-    if not job.spill and not estimate(model, spilled).host_missing:
-        return spilled, "set `routing_replay_spill_dir` (`--spill`), which keeps records in files"
     a_prompt = plan.host / job.prompts
     prompts = max(int(job.host_memory * GB / a_prompt), 1)
     return replace(job, prompts=prompts), f"lower `--prompts` from {job.prompts} to {prompts}"

@@ -96,8 +96,9 @@ def _record_table(job: Job, plan: Plan) -> Table:
     table.add_row("a token", f"{plan.record_a_token:,} bytes")
     table.add_row("the rollout", _gb(plan.records))
     table.add_row(f"a process of {job.gpus}", _gb(plan.records_of_a_rank))
-    where = ", records in files" if job.spill else ""
-    table.add_row("host memory, token ids included", f"{_gb(plan.host)} of {_gb(plan.host_available)}{where}")
+    table.add_row("host memory, token ids included", f"{_gb(plan.host)} of {_gb(plan.host_available)}")
+    if job.spill:
+        table.add_row("the same in training, records in files", _gb(plan.host_training))
     table.add_row("device, one micro-batch", _gb(plan.records_on_device))
     table.add_row("to the device, each pass", f"{plan.seconds_to_move:.2g} s at {job.bandwidth:g} GB/s")
     return table
