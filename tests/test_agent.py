@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,12 +27,18 @@ def agent():
             sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def folder():
+    """One that a user without rights can enter: those of pytest are closed."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
 LOOP = "while True: pass"
 SLEEP = "import time; time.sleep(60)"
 FORKS = "import os\nwhile True:\n    os.fork()"
 STUBBORN_FORKS = """
-import os, signal
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import os
 while True:
     try:
         os.fork()
@@ -67,24 +74,33 @@ def left_over(agent, folder):
         (STUBBORN_FORKS, "stopped"),
     ],
 )
-def test_limits_hold(agent, tmp_path, code, expected):
-    (tmp_path / "solution.py").write_text("def f(a, b):\n    return a + b\n")
-    (tmp_path / "test_solution.py").write_text(f"from solution import f\n{code}\n")
+def test_limits_hold(agent, folder, code, expected):
+    (folder / "solution.py").write_text("def f(a, b):\n    return a + b\n")
+    (folder / "test_solution.py").write_text(f"from solution import f\n{code}\n")
     begin = time.monotonic()
     limits = agent["sandbox"].Limits(seconds=1)
-    assert agent["sandbox"].run(tmp_path, "test_solution.py", limits) == expected
+    assert agent["sandbox"].run(folder, "test_solution.py", limits) == expected
     assert time.monotonic() - begin < 30  # not for ever; a busy machine is slow to fork
-    assert left_over(agent, tmp_path) == []
+    assert left_over(agent, folder) == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="rights can only be dropped where there are any")
 @pytest.mark.parametrize("code", ["os.setuid(0)", "open('/etc/shadow')", "open('new.py', 'w')", "os.kill(1, 0)"])
-def test_root_gives_its_rights_away(agent, tmp_path, code):
+def test_root_gives_its_rights_away(agent, folder, code):
     """RLIMIT_NPROC does not bind root, and root may do anything."""
-    (tmp_path / "with_rights.py").write_text(f"import os\nassert os.getresuid() != (0, 0, 0)\n{code}\n")
-    (tmp_path / "without.py").write_text("import os\nassert 0 not in os.getresuid() + os.getresgid()\n")
-    assert agent["sandbox"].run(tmp_path, "with_rights.py") == "failed"
-    assert agent["sandbox"].run(tmp_path, "without.py") == "passed"
+    (folder / "with_rights.py").write_text(f"import os\nassert os.getresuid() != (0, 0, 0)\n{code}\n")
+    (folder / "without.py").write_text("import os\nassert 0 not in os.getresuid() + os.getresgid()\n")
+    assert agent["sandbox"].run(folder, "with_rights.py") == "failed"
+    assert agent["sandbox"].run(folder, "without.py") == "passed"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="whoever keeps its rights can enter")
+def test_a_folder_that_cannot_be_entered(agent, folder):
+    """Where every test would fail, whatever it says."""
+    (folder / "closed" / "task").mkdir(parents=True)
+    (folder / "closed").chmod(0o700)
+    with pytest.raises(PermissionError, match="closed, which a user without rights cannot enter"):
+        agent["sandbox"].run(folder / "closed" / "task", "test.py")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # The interpreter may lie where a user without rights cannot reach it, so rights are dropped inside, before any code of
-# the folder runs. What the code may want of the standard library is imported before, for the same reason.
+# the folder runs. Where it does lie there, that code can import of the standard library what is imported here.
 _RUNNER = """
 import ctypes, math, os, pkgutil, resource, runpy, sys, time
 script, seconds, memory, processes, user = sys.argv[1], *map(int, sys.argv[2:])
@@ -70,10 +70,19 @@ def run(folder: Path, script: str, limits: Limits | None = None) -> str:
 
     Returns:
         `str`: `"passed"` if it ends with status 0, `"failed"` if with another, `"stopped"` if at a limit of time.
+
+    Raises:
+        `PermissionError`: If the folder cannot be entered by a user without rights.
     """
     limits = limits or Limits()
     user = unused_user() if os.getuid() == 0 else 0
     folder.chmod(0o755)
+    closed = [parent for parent in folder.resolve().parents if user and not parent.stat().st_mode & 1]
+    if closed:
+        raise PermissionError(
+            f"{folder} lies in {closed[0]}, which a user without rights cannot enter. Use a folder that everybody can "
+            "enter, such as one of `tempfile.mkdtemp(dir='/tmp')`."
+        )
     # the kernel counts threads, and those that have ended until they are reaped
     there = sum(len(_threads(pid)) for pid in _processes_of(user or os.getuid()))
     numbers = (limits.seconds, limits.memory, limits.processes + there, user)
