@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--updates", type=int, default=1, help="of each rollout, a step each")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--tool_steps", type=int, default=150, help="supervised steps before")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     gating = parts.add_parser("gating", help="measure the gating op instead, on a GPU")
     gating.add_argument("--dry", action="store_true", help="few tokens and repeats: the times mean nothing")
     gating.add_argument("--device", choices=("cpu", "cuda"), default=None, help="device to measure (default: cuda)")
+    parts.add_parser("scale", help="measure whether records cost the same a token from 1k to 32k tokens a sequence")
 
     report = commands.add_parser("report", help="draw what a run's traces and log say about its routing")
     report.add_argument("folder", type=Path, help="the `output_dir` of a run, or a folder with traces")
@@ -157,6 +158,11 @@ def _bench(args: argparse.Namespace) -> int:
         from .bench import gating
 
         return gating.run(args.dry, args.device)
+    if args.part == "scale":
+        from .bench import scale
+
+        scale.run(args.output)
+        return 0
     from . import bench
 
     if args.output is not None:

@@ -195,10 +195,16 @@ def _samples_of(turn: Turn, samples: Sequence[_Stitched]) -> list[int]:
     entries = len(turn.records if turn.masks is None else turn.masks)  # none in evaluation
     in_order = entries == len(samples)
     prices: list[dict[int, int]] = []  # by entry: sample, price
-    for entry in range(entries):
-        prompt, price = _as_bytes(turn.prompt_ids[entry]), {}
+    prompts = [_as_bytes(ids) for ids in turn.prompt_ids]
+    shortest = min(map(len, prompts), default=0)
+    alike: dict[bytes, list[int]] = {}  # samples by their beginning, so that not each is compared with each
+    for sample, joined in enumerate(samples):
+        alike.setdefault(joined.bytes[:shortest], []).append(sample)
+    for entry, prompt in enumerate(prompts):
+        price: dict[int, int] = {}
         fed = prompt + _as_bytes(turn.completion_ids[entry])
-        for sample, joined in enumerate(samples):
+        for sample in alike.get(prompt[:shortest], ()):
+            joined = samples[sample]
             if joined.bytes.startswith(prompt):
                 agrees = joined.bytes.startswith(fed) or fed.startswith(joined.bytes)
                 goes_on = joined.goes_on_at(len(turn.prompt_ids[entry]))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .layout import RoutingLayout, place
 
+_CHUNK = 1 << 16  # rows that are looked at together
+
 
 class MisalignedRecordError(RuntimeError):
     """A record that belongs to other tokens, layers or samples than those it would be replayed on."""
@@ -55,10 +57,19 @@ def check_rows(record: Tensor, layout: RoutingLayout, *, sample: int = 0) -> Non
     ids = record.numpy()
     some_missing = ids.max() >= layout.num_experts or ids.min() < 0
     whole = ids[~_missing_whole(ids, layout, sample)] if some_missing else ids
-    # slot by slot in contiguous memory: a comparison of two planes runs at the speed of memory
-    planes = np.ascontiguousarray(whole.reshape(-1, layout.top_k).T)
-    if any((planes[i] == planes[j]).any() for i in range(layout.top_k) for j in range(i)):
+    if _any_repeats(whole.reshape(-1, layout.top_k)):
         _refuse_repeats(record, layout, sample)
+
+
+def _any_repeats(ids: np.ndarray) -> bool:
+    """Whether any row of (N, K) has an id twice."""
+    top_k = ids.shape[1]
+    for first in range(0, len(ids), _CHUNK):  # what is compared stays in the cache, however long a sample is
+        # slot by slot in contiguous memory: a comparison of planes runs at the speed of memory
+        planes = np.ascontiguousarray(ids[first : first + _CHUNK].T)
+        if any((planes[slot:] == planes[slot - 1]).any() for slot in range(1, top_k)):
+            return True
+    return False
 
 
 def _missing_whole(ids: np.ndarray, layout: RoutingLayout, sample: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,8 +51,8 @@ class Sample:
 
     def missing(self, layout: RoutingLayout) -> tuple[int, int]:
         """Number of rows that the loss depends on, and how many of these have no record."""
-        rows = self.record[: self.rows_that_matter]
-        return rows.shape[0], int(missing_rows(rows, layout).sum())
+        rows = self.record.numpy()[: self.rows_that_matter]
+        return rows.shape[0], int(np.count_nonzero(rows[:, 0, 0] == layout.missing))
 
     def observed_rows(self, layout: RoutingLayout) -> Tensor:
         """Rows to look at, spread evenly over those whose neighbours are recorded, too."""
@@ -159,11 +160,11 @@ def check_tokens(samples: Sequence[Sample], tokens: Tensor, prompt_width: int) -
     Raises:
         [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
     """
-    expected = torch.full(tokens.shape, -1, dtype=torch.int64)
+    told = np.full(tuple(tokens.shape), -1, dtype=np.int64)
     for row, sample in enumerate(samples):
         start = prompt_width - sample.prompt_length
-        expected[row, start : start + len(sample.tokens)] = sample.tokens[: max(tokens.shape[1] - start, 0)]
-    expected = expected.to(tokens.device)
+        told[row, start : start + len(sample.tokens)] = sample.tokens.numpy()[: max(tokens.shape[1] - start, 0)]
+    expected = torch.from_numpy(told).to(tokens.device)
     wrong = (expected != tokens) & (expected >= 0)
     if bool(wrong.any()):  # one wait for the device, before anything is computed from the wrong experts
         row, position = wrong.nonzero()[0].tolist()

@@ -61,11 +61,11 @@ def main(output: Path | None, settings: BenchSettings | None = None, threads: in
     settings = settings or BenchSettings()
     console = Console()
     findings: list[Finding] = []
-    with _threads(threads), console.status("") as status:
+    with threads_of(threads), console.status("") as status:
         for part in PARTS:
             status.update(part.__name__.replace("_", " "))
             findings += part(settings)
-    console.print(_table(findings))
+    console.print(table(findings))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         log: dict[str, Any] = {**environment(), "threads": threads, "settings": asdict(settings)}
@@ -85,7 +85,8 @@ def environment() -> dict[str, Any]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_of(count: int = 1) -> Iterator[None]:
+    """PyTorch with so many threads. With one, processor time is the work done, however busy the machine is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -94,10 +95,11 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _table(findings: list[Finding]) -> Table:
-    table = Table("", "measured", "target", "met")
+def table(findings: list[Finding]) -> Table:
+    """What was measured, and whether it is within its targets."""
+    rows = Table("", "measured", "target", "met")
     for finding in findings:
         target = "" if finding.target is None else f"<= {finding.target:g}"
         met = "" if finding.met is None else "yes" if finding.met else "no"
-        table.add_row(finding.what, f"{finding.value:.4g}", target, met)
-    return table
+        rows.add_row(finding.what, f"{finding.value:.4g}", target, met)
+    return rows

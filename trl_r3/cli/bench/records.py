@@ -27,7 +27,7 @@ def record_making(settings: BenchSettings) -> list[Finding]:
     layout = RoutingLayout(tuple(range(48)), 48, num_experts=128, top_k=8)
     samples, tokens = settings.rollout_samples, settings.rollout_tokens
     rng = np.random.default_rng(0)
-    made = [_payload(rng, tokens - 1, layout) for _ in range(_DISTINCT)]
+    made = [payload(rng, tokens - 1, layout) for _ in range(_DISTINCT)]
     payloads = [made[i % _DISTINCT] for i in range(samples)]
     sequences = rng.integers(0, 1000, (samples, tokens)).tolist()
     prompts = [ids[: tokens // 2] for ids in sequences]
@@ -59,7 +59,8 @@ def record_making(settings: BenchSettings) -> list[Finding]:
     ]
 
 
-def _payload(rng: np.random.Generator, rows: int, layout: RoutingLayout) -> str:
+def payload(rng: np.random.Generator, rows: int, layout: RoutingLayout) -> str:
+    """What a vLLM server answers for one sample: random ids, (R, L, K), as base64 of a file of NumPy."""
     scores = rng.random((rows * len(layout.moe_layers), layout.num_experts), dtype=np.float32)
     ids = scores.argpartition(-layout.top_k, axis=1)[:, -layout.top_k :].astype(np.uint8)
     with io.BytesIO() as file:
