@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_r3 import load_trace
-from trl_r3.cli import trace_check
-from trl_r3.cli.check import load
+from trl_r3.cli.command import main
+from trl_r3.cli.verify import trace as trace_command
 from trl_r3.records.trace_file import find_traces
 
 
@@ -28,11 +28,11 @@ def test_status_and_text(run, capsys):
     name, (first, second) = run
     facts = load_trace(second).facts
     assert (facts.dtype, facts.attention) == ("bfloat16", "eager")
-    assert trace_check.main(name, second) == 0
+    assert main(["verify", name, "--trace", str(second)]) == 0
     assert "step 1: all" in capsys.readouterr().out
-    assert trace_check.main(name, first) == 1
+    assert main(["verify", name, "--trace", str(first)]) == 1
     assert "Pass the model with the weights of step 0" in capsys.readouterr().out
-    assert trace_check.main(name, second, as_json=True) == 0
+    assert main(["verify", name, "--trace", str(second), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["matches"] and told["differing"] == 0 < told["tokens"] and told["differences"] == []
 
@@ -40,8 +40,15 @@ def test_status_and_text(run, capsys):
 def test_buffers_in_another_dtype_are_named(run, capsys, monkeypatch):
     """`to(torch.bfloat16)` rounds the frequencies of the positions as well, which loading in this dtype does not."""
     name, (_, second) = run
-    monkeypatch.setattr(trace_check, "load", lambda *args: load(*args).to(torch.bfloat16))
-    assert trace_check.main(name, second) == 1
+    load_model = trace_command.load_model
+
+    def load_and_cast(*args):
+        loaded = load_model(*args)
+        loaded.model.to(torch.bfloat16)
+        return loaded
+
+    monkeypatch.setattr(trace_command, "load_model", load_and_cast)
+    assert main(["verify", name, "--trace", str(second)]) == 1
     assert "Not as it was: buffers: float32 in the trace, bfloat16 here" in capsys.readouterr().out
 
 
@@ -55,6 +62,6 @@ def test_bad_input_is_one_sentence(run, qwen3, tmp_path, capsys):
         (name, tmp_path / "nowhere", "there is no trace"),
         (str(tmp_path / "nothing"), first, "nothing"),
     ):
-        assert trace_check.main(model, path) == 2
+        assert main(["verify", model, "--trace", str(path)]) == 2
         told = capsys.readouterr()
         assert says in told.err and "Traceback" not in told.err and told.out == ""

@@ -44,8 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="what samples (default: transformers)",
     )
     verify.add_argument("--url", default=None, help="of the vLLM server, with --engine server")
+    verify.add_argument("--trace", type=Path, default=None, help="a trace of a run to replay, instead of an engine")
     verify.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
-    verify.add_argument("--device", default="cpu", help="device of the training forward (default: cpu)")
+    verify.add_argument("--device", default=None, help="of the training forward (default: cpu, or that of the trace)")
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     _add_plan(commands)
@@ -143,7 +144,11 @@ def _check(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from . import verify
 
-    return verify.main(args.model, args.engine, args.url, args.dtype, args.device, args.json)
+    if args.trace is not None:
+        from .verify import trace
+
+        return trace.main(args.model, args.trace, args.device, args.json)
+    return verify.main(args.model, args.engine, args.url, args.dtype, args.device or "cpu", args.json)
 
 
 def _plan(args: argparse.Namespace) -> int:

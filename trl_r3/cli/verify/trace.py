@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from ..records.trace import Trace
-from ..records.trace_file import load_trace
-from ..routers.self_check import UnsupportedRouterError
-from ..trainers.verify_trace import TraceCheck, verify_trace
-from .check import load
+from ...records.trace import Trace
+from ...records.trace_file import load_trace
+from ...routers.self_check import UnsupportedRouterError
+from ...trainers.verify_trace import TraceCheck, verify_trace
+from ..bad_input import BadInput
+from ..models import load_model
 
 
 def main(name: str, path: Path, device: str | None = None, as_json: bool = False) -> int:
@@ -33,18 +34,20 @@ def main(name: str, path: Path, device: str | None = None, as_json: bool = False
             Whether to print JSON.
 
     Returns:
-        `int`: Exit status: 0 if every bit comes back, 1 if one does not, 2 for a file that is no trace, a trace of
-        another model, or a model that cannot be loaded.
+        `int`: Exit status: 0 if every bit comes back, 1 if one does not.
+
+    Raises:
+        [`BadInput`]: If the file is no trace, or one of another model, or the model cannot be loaded.
     """
     try:
         trace = load_trace(path)
-        found = verify_trace(_model(name, trace, device or trace.facts.device), trace)
+        model = _model(name, trace, device or trace.facts.device)
+        found = verify_trace(model, trace)
     except UnsupportedRouterError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"trl-r3 verify: {error}", file=sys.stderr)
-        return 2
+        raise BadInput(f"trl-r3 verify: {error}") from error
     print(json.dumps(_as_json(found)) if as_json else found)
     return 0 if found.matches else 1
 
@@ -52,7 +55,8 @@ def main(name: str, path: Path, device: str | None = None, as_json: bool = False
 def _model(name: str, trace: Trace, device: str) -> Any:
     """The model, computing as in the trace."""
     facts = trace.facts
-    model = load(name, facts.dtype if isinstance(getattr(torch, facts.dtype, None), torch.dtype) else "auto")
+    dtype = facts.dtype if isinstance(getattr(torch, facts.dtype, None), torch.dtype) else "auto"
+    model = load_model(name, dtype).model
     if facts.model_type == model.config.model_type:  # else it will be refused
         model.set_attn_implementation(facts.attention)
         model.set_experts_implementation(facts.experts)
