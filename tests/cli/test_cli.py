@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
@@ -91,18 +92,43 @@ def test_check_of_a_config_without_weights(tmp_path, capsys):
     assert rows["foreign record"].startswith("passes: 32 of 32 ")
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h", "qwen3_vl_moe"])
 def test_twins_keep_layers_and_experts(model_type):
     from trl_r3.cli.twin import narrow_config, narrow_twin
 
-    config = CONFIG_MAPPING[model_type]()
-    twin = narrow_twin(config, model_type)
+    whole = CONFIG_MAPPING[model_type]()
+    twin, config = narrow_twin(whole, model_type), whole.get_text_config()
+    narrow = twin.config.get_text_config()
     kept = ("num_hidden_layers", "n_routed_experts", "num_local_experts", "num_experts_per_tok", "layer_types")
-    assert [getattr(twin.config, name, 0) for name in kept] == [getattr(config, name, 0) for name in kept]
-    assert twin.config.hidden_size == 64 and twin.get_input_embeddings().num_embeddings == 256
+    assert [getattr(narrow, name, 0) for name in kept] == [getattr(config, name, 0) for name in kept]
+    assert narrow.hidden_size == 64 and twin.get_input_embeddings().num_embeddings == 256
     assert sum(parameter.numel() for parameter in twin.parameters()) < 1e8
     assert config.hidden_size > 64, "the config itself is left alone"
     assert narrow_config(config, None).num_attention_heads == config.num_attention_heads
+
+
+def test_check_of_an_id_without_weights_here(tmp_path, capsys, monkeypatch):
+    """Nothing is downloaded but the config."""
+    from trl_r3.cli import check
+
+    def not_here(name, dtype, device, downloads):
+        assert not downloads
+        raise OSError("no such file in the cache")
+
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)
+    monkeypatch.setattr(check, "load_model", not_here)
+    monkeypatch.setattr(check, "adapter_base", lambda name: None)
+    monkeypatch.setattr(check, "config_of", lambda name: config)
+    assert cli.main(["check", "org/model"]) == 0
+    assert "a narrow twin of the config of org/model" in capsys.readouterr().out
+
+
+def test_check_of_an_adapter(saved, tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(saved(MixtralConfig(**SIZES, num_local_experts=4)))
+    adapter = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert cli.main(["check", str(tmp_path / "adapter")]) == 0
+    assert f"Checked on {tmp_path} with the adapter {tmp_path / 'adapter'}." in capsys.readouterr().out
 
 
 def test_a_twin_that_cannot_be_made_is_bad_input(tmp_path, capsys):

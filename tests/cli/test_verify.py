@@ -10,6 +10,7 @@ import pytest
 import torch
 from engines.fake_vllm import fake_vllm, npy_base64
 from misrouted import engine_of
+from model_zoo import build_tiny
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.generation import vllm_client
@@ -86,6 +87,7 @@ def k3(report, which):
 def test_a_right_rollout_passes(loaded, precision):
     report = report_of(loaded, rollout_of(engine_of(loaded.model, precision)))
     assert wrong(report) == {} and report.passed
+    assert by_name(report)["gradients with checkpointing"].status == "right"
     assert by_name(report)["rows"].seen == f"{ROWS} expected: {ROWS} present, 0 missing, 0 invalid"
     assert by_name(report)["executed ids"].seen.startswith(f"0 of {ROWS * 3} (row, layer) pairs")
     assert by_name(report)["live routing"].seen != "0.00% of routers would select another set"
@@ -228,6 +230,14 @@ def test_experts_that_run_otherwise(loaded, engine, monkeypatch):
         report = verify(loaded, replay, engine)
     assert "executed other ids than recorded, in layers 2 |" in wrong(report)["executed ids"]
     assert [layer.layer for layer in report.layers if layer.other_ids] == [2]
+
+
+def test_ids_that_skip_the_experts():
+    """Zaya's last choice is no expert; its block passes another id for it, with the weight 0."""
+    model = build_tiny("zaya")
+    rollout = rollout_of(model)
+    assert any(bool((ids == 8).any()) for ids in rollout.routes)
+    assert "executed ids" not in wrong(report_of(LoadedModel(model, "zaya"), rollout))
 
 
 def test_a_recompute_that_goes_live(loaded, engine, monkeypatch):

@@ -33,6 +33,14 @@ _WIDTHS: dict[str, Any] = {
 }
 _HEADS = ("num_attention_heads", "n_heads", "swa_num_attention_heads")
 _KEY_HEADS = ("num_key_value_heads", "swa_num_key_value_heads")
+_HEADS_LEFT = 4
+
+_TOWERS: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), 1),
+    **dict.fromkeys(("out_hidden_size", "output_dim", "adapter_in_dim", "adapter_out_dim"), HIDDEN_SIZE),
+    **dict.fromkeys(("adapter_input_size", "text_hidden_size"), HIDDEN_SIZE),
+    "deepstack_visual_indexes": [0],
+}
 
 
 def narrow_twin(config: Any, name: str) -> Any:
@@ -41,7 +49,8 @@ def narrow_twin(config: Any, name: str) -> Any:
 
     Args:
         config (`transformers.PreTrainedConfig`):
-            Of the model. Of one that also takes images, the part for text.
+            Of the model. Of one that also takes images, the twin is the model for text, where there is one alone, or
+            has towers of one layer.
         name (`str`):
             What errors call it.
 
@@ -51,20 +60,18 @@ def narrow_twin(config: Any, name: str) -> Any:
     Raises:
         [`BadInput`]: If the config cannot be made narrow.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     text = config.get_text_config()
-    if type(text) not in AutoModelForCausalLM._model_mapping:
-        raise BadInput(
-            f"{name} has no weights on this machine, and no text model of its own that a narrow twin could have "
-            f"({type(text).__name__}). Pass a folder with its weights."
-        )
+    is_alone = type(text) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if is_alone else AutoModelForImageTextToText
     errors = []
-    for heads in (4, None):  # as they are, where other sizes depend on their number
+    for heads in (_HEADS_LEFT, None):  # as they are, where other sizes depend on their number
         try:
+            narrow = narrow_config(text, heads) if is_alone else _with_low_towers(config, heads)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(narrow_config(text, heads), dtype=torch.float32).eval()
+                model = auto.from_config(narrow, dtype=torch.float32).eval()
             _score_a_token(model)
         except Exception as error:  # whatever a config may raise whose sizes do not fit each other
             errors.append(error)
@@ -74,6 +81,23 @@ def narrow_twin(config: Any, name: str) -> Any:
         f"{name} has no weights on this machine, and its config cannot be made narrow: {first_line(errors[0])}. Pass "
         "a folder with its weights."
     ) from errors[0]
+
+
+def _with_low_towers(config: Any, heads: int | None) -> Any:
+    """The config with a narrow text model, and every other part as low as it can be: no test feeds it."""
+    text = config.get_text_config()
+    if text is config:
+        return narrow_config(config, heads)
+    low = copy.deepcopy(config)
+    for name in low.sub_configs:
+        part = getattr(low, name, None)
+        if part is low.get_text_config():
+            setattr(low, name, narrow_config(part, heads))
+        elif part is not None:
+            for key, value in _TOWERS.items():
+                if _has(part, key):
+                    setattr(part, key, value)
+    return low
 
 
 def narrow_config(config: Any, heads: int | None) -> Any:

@@ -124,7 +124,7 @@ def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) 
         logprobs_finding(rollout, replayed.scores, sampled, batch.completion_mask),
         findings.gradients_finding(gradients, record, replay),
     ]
-    other = findings.executed_per_layer(replayed.executed, record, replay)
+    other = replayed.executed.other_rows(record, replay.moe_layers)
     layers = [
         Layer(
             layer,

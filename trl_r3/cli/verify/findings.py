@@ -16,6 +16,7 @@ from ...engines.payloads import VLLM_FLAG
 from ...records.judgement import Verdict
 from ...routers.router_replay import RouterReplay
 from ...trainers.metrics import extreme_token_frac, k3_kl
+from .executed import Executed
 from .rollout import VerifiedRollout
 from .rows import CheckedRows
 from .training import Gradients
@@ -110,9 +111,9 @@ def _cause_of_rows(rows: CheckedRows, rollout: VerifiedRollout) -> tuple[str, st
     )
 
 
-def executed_finding(executed: dict[int, list[Tensor]], record: Tensor, replay: RouterReplay) -> Finding:
+def executed_finding(executed: Executed, record: Tensor, replay: RouterReplay) -> Finding:
     """Whether the experts were given the recorded ids, in every layer and call."""
-    per_layer = executed_per_layer(executed, record, replay)
+    per_layer = executed.other_rows(record, replay.moe_layers)
     unseen = [layer for layer in replay.moe_layers if layer not in per_layer]
     other = {layer: count for layer, count in per_layer.items() if count}
     rows = int((record[:, :, 0, 0] >= 0).sum())
@@ -128,18 +129,6 @@ def executed_finding(executed: dict[int, list[Tensor]], record: Tensor, replay: 
         "something between router and experts bypasses the replay: a fused block, a swapped kernel, a replaced module",
         "attach after whatever replaces modules, and set `use_kernels=False`",
     )
-
-
-def executed_per_layer(executed: dict[int, list[Tensor]], record: Tensor, replay: RouterReplay) -> dict[int, int]:
-    """How many recorded rows (B, T, L, K) ran through another set of experts, by decoder layer, over all calls."""
-    found: dict[int, int] = {}
-    for slot, layer in enumerate(replay.moe_layers):
-        expected_NK = record[:, :, slot].flatten(0, 1).long().sort(-1).values
-        there_N = expected_NK[:, 0] >= 0
-        for ids in executed.get(layer, []):
-            differs_N = (ids.long().sort(-1).values != expected_NK).any(-1) & there_N
-            found[layer] = found.get(layer, 0) + int(differs_N.sum())
-    return found
 
 
 def agreement_finding(statistics: Verdict | None, verdict: Verdict | None, rows: int) -> Finding:
@@ -199,8 +188,8 @@ def mismatch_finding(name: str, train: Tensor, rollout: Tensor, mask: Tensor, bo
         name,
         "wrong",
         f"{seen}, expected a k3 of {bound:g} at most",
-        "rollout and training score the same tokens differently, and routing does not explain it: other weights, or "
-        "log-probabilities of another kind",
+        "rollout and training score the same tokens differently, and routing does not explain it: other weights, "
+        "log-probabilities of another kind, or a forward that depends on padding or on the cache",
         "mend what else is wrong here first; then check that the engine serves these weights",
     )
 
@@ -214,11 +203,11 @@ def changed_finding(changed: int, compared: int) -> Finding:
 def gradients_finding(runs: dict[str, Gradients], record: Tensor, replay: RouterReplay) -> Finding:
     """Whether each kind of checkpointing gives the gradients of none, and recomputes through the record."""
     own = runs["none"].values
-    facts, wrong = [], []
+    facts, wrong, idle = [], [], False
     for kind, run in runs.items():
         if kind == "none":
             continue
-        other = sum(executed_per_layer(run.executed, record, replay).values())
+        other = sum(run.executed.other_rows(record, replay.moe_layers).values())
         if run.error is not None:
             facts.append(f"{kind}: {run.error}")
             wrong.append(kind)
@@ -229,9 +218,12 @@ def gradients_finding(runs: dict[str, Gradients], record: Tensor, replay: Router
             distance = max((_distance(run.values[name], own[name]) for name in own), default=0.0)
             tolerance = max((GRADIENT_TOLERANCE.get(g.dtype, _COARSE) for g in own.values()), default=0.0)
         facts.append(f"{kind}: largest difference {distance:.1e}, {other} rows recomputed otherwise")
+        idle = idle or run.executed.calls == 1
         if other or not distance <= tolerance:
             wrong.append(kind)
     seen = "; ".join(facts)
+    if not wrong and idle:
+        return Finding("gradients with checkpointing", "not judged", f"{seen}; nothing was recomputed")
     if not wrong:
         return Finding("gradients with checkpointing", "right", seen)
     return Finding(

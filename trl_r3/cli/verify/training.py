@@ -1,13 +1,11 @@
 """The training forward over a rollout: scores, what the experts executed, gradients.
 
-Legend: B samples, T tokens of a padded sequence, C completion tokens, V vocabulary, L MoE layers, K experts per token,
-N = B * T.
+Legend: B samples, T tokens of a padded sequence, C completion tokens, L MoE layers, K experts per token.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from ...records.evidence import Observation
 from ...records.samples import Sample, ScoredBatch
 from ...records.storage import unpack
 from ...routers.router_replay import RouterReplay
+from .executed import Executed, watch_experts
 from .rollout import VerifiedRollout
 
 CHECKPOINTING: dict[str, dict[str, bool] | None] = {
@@ -94,7 +93,7 @@ class ReplayedScores:
 
     scores: dict[float, Tensor]  # as of [`score`]
     observations: list[Observation]
-    executed: dict[int, list[Tensor]]  # by decoder layer, (N, K) a call
+    executed: Executed
     changed: int  # (row, layer) pairs in which live routing would have differed
     compared: int  # pairs
 
@@ -110,58 +109,6 @@ def score_replayed(model: Any, replay: RouterReplay, batch: Batch, temperatures:
     )
 
 
-@contextmanager
-def watch_experts(model: nn.Module, replay: RouterReplay) -> Iterator[dict[int, list[Tensor]]]:
-    """
-    Note the ids that reach the experts, by decoder layer, recomputes included: what runs, whatever replay believes.
-
-    Where the experts are not given ids, those that the router returns are noted.
-    """
-    seen: dict[int, list[Tensor]] = {}
-
-    def at_experts(layer: int) -> Callable:
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            ids = [a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and not a.is_floating_point()]
-            if len(ids) == 1 and ids[0].shape[-1] == replay.top_k:
-                seen.setdefault(layer, []).append(ids[0].detach().reshape(-1, replay.top_k).cpu())
-
-        return note
-
-    def at_router(layer: int, place: int) -> Callable:
-        def note(module: nn.Module, args: tuple, output: Any) -> None:
-            by_router.setdefault(layer, []).append(output[place].detach().reshape(-1, replay.top_k).cpu())
-
-        return note
-
-    by_router: dict[int, list[Tensor]] = {}
-    handles = [
-        module.register_forward_pre_hook(at_experts(layer), with_kwargs=True)
-        for layer, module in _experts_of(model, replay.moe_layers).items()
-    ]
-    handles += [
-        router.module.register_forward_hook(at_router(router.layer, router.ids_output))
-        for router in replay._routers
-        if router.ids_output is not None
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, calls in by_router.items():
-            seen.setdefault(layer, calls)
-
-
-def _experts_of(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
-    """The outermost modules named `experts`, by the decoder layer in their path."""
-    found: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        index = re.search(r"\.(\d+)\.", name)
-        if name.rpartition(".")[2] == "experts" and index is not None and int(index[1]) in layers:
-            found.setdefault(int(index[1]), module)
-    return found
-
-
 @dataclass
 class Gradients:
     """
@@ -170,14 +117,14 @@ class Gradients:
     Args:
         values (`dict[str, torch.Tensor]`):
             Of routers and input embedding, by name.
-        executed (`dict[int, list[torch.Tensor]]`):
-            As in [`ReplayedScores`], of the forward and of the recompute.
+        executed ([`Executed`]):
+            By the forward and by the recompute.
         error (`str`, *optional*):
             What backward raised instead.
     """
 
     values: dict[str, Tensor]
-    executed: dict[int, list[Tensor]]
+    executed: Executed
     error: str | None = None
 
 
