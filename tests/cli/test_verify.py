@@ -332,6 +332,10 @@ def test_servers_that_cannot_be_verified(folder, client, capsys):
     with fake_vllm(info={"model_config": {}}) as fake:
         assert cli.main([*arguments, "--url", fake.base_url]) == 2
         assert "does not return routed experts" in capsys.readouterr().err
+    with fake_vllm() as fake:
+        fake.failures = [400]
+        assert cli.main([*arguments, "--url", fake.base_url]) == 2
+        assert "Request failed: 400" in capsys.readouterr().err
     assert cli.main([*arguments, "--url", fake.base_url]) == 2  # it is down
     printed = capsys.readouterr()
     assert "can't be reached" in printed.err and "Traceback" not in printed.err and printed.out == ""
@@ -343,6 +347,18 @@ def test_vllm_that_is_not_installed(folder, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     assert cli.main(["verify", str(folder), "--engine", "vllm"]) == 2
     assert "vLLM is not installed" in capsys.readouterr().err
+
+
+def test_an_engine_that_gives_up(folder, monkeypatch, capsys):
+    from trl_r3.cli import verify as command
+
+    def failed(*args):
+        raise RuntimeError("continuous batching returned 3 of 16 requests.")
+
+    monkeypatch.setattr(command, "sample", failed)
+    assert cli.main(["verify", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert "3 of 16 requests" in printed.err and "Traceback" not in printed.err
 
 
 def test_a_dense_model(tmp_path, capsys):

@@ -63,9 +63,13 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str, as_js
         except UnsupportedRouterError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 1
-        with replay:
-            rollout = sample(loaded, name, replay, engine, url)
-            report = verify(loaded, replay, rollout)
+        try:
+            with replay:
+                rollout = sample(loaded, name, replay, engine, url)
+                report = verify(loaded, replay, rollout)
+        except RuntimeError as error:  # what an engine or replay refuses to go on with
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 1
     if as_json:
         print(json.dumps(report.as_dict(), indent=1))
     else:

@@ -98,18 +98,21 @@ def vllm_rollout(model: Any, name: str, sampling: Sampling) -> VerifiedRollout:
         check_vllm_version(vllm.__version__)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    with _plain_weights(model, name) as folder:
-        llm = vllm.LLM(
-            folder,
-            **vllm_engine_kwargs(vllm.__version__),
-            dtype=str(model.dtype).removeprefix("torch."),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            gpu_memory_utilization=_SHARE_OF_GPU,
-            max_model_len=sampling.longest,
-            logprobs_mode=PROCESSED,
-            seed=0,
-        )
+    try:
+        with _plain_weights(model, name) as folder:
+            llm = vllm.LLM(
+                folder,
+                **vllm_engine_kwargs(vllm.__version__),
+                dtype=str(model.dtype).removeprefix("torch."),
+                skip_tokenizer_init=True,
+                enforce_eager=True,
+                gpu_memory_utilization=_SHARE_OF_GPU,
+                max_model_len=sampling.longest,
+                logprobs_mode=PROCESSED,
+                seed=0,
+            )
+    except Exception as error:  # it knows the model, the device and the memory, and has many ways to say no
+        raise BadInput(f"vLLM {vllm.__version__} cannot serve {name}: {first_line(error)}.") from error
     try:
         return vllm_answer(llm, sampling, vllm.__version__)
     finally:
@@ -180,24 +183,23 @@ def server_rollout(url: str, sampling: Sampling) -> VerifiedRollout:
         def decode(self, payload: str | None) -> Any:
             return _decoded(super().decode, payload, notes)
 
+    prompts, completions, routes, logprobs = [], [], [], []
     try:
         client = Client(base_url=url)
-        info = client.get_server_info()
-        version = client.version
+        info, version = client.get_server_info(), client.version
+        for part in sampling.parts:
+            answer = client.generate(
+                part,
+                temperature=sampling.temperature,
+                max_tokens=sampling.new_tokens,
+                generation_kwargs={"ignore_eos": True},
+            )
+            prompts += answer["prompt_ids"]
+            completions += answer["completion_ids"]
+            routes += client.take_routes()
+            logprobs += _sampled(answer)
     except Exception as error:  # TRL raises plain ones for what the server answers
         raise BadInput(f"no server to verify at {url}: {first_line(error)}.") from error
-    prompts, completions, routes, logprobs = [], [], [], []
-    for part in sampling.parts:
-        answer = client.generate(
-            part,
-            temperature=sampling.temperature,
-            max_tokens=sampling.new_tokens,
-            generation_kwargs={"ignore_eos": True},
-        )
-        prompts += answer["prompt_ids"]
-        completions += answer["completion_ids"]
-        routes += client.take_routes()
-        logprobs += _sampled(answer)
     return VerifiedRollout(
         f"vLLM {version} at {url}",
         prompts,
