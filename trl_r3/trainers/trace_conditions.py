@@ -19,7 +19,7 @@ from ..routers.router_replay import RouterReplay
 
 # no forward of given tokens depends on these, and saving or training a model changes them
 _INCIDENTAL = (
-    *("_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
+    *("name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "output_router_logits"),
 )
@@ -128,4 +128,8 @@ def _stripped(config: Any) -> Any:
     """A config without what is incidental, in its parts as well."""
     if not isinstance(config, dict):
         return config
-    return {str(name): _stripped(value) for name, value in config.items() if name not in _INCIDENTAL}
+
+    def is_said(name: str) -> bool:
+        return not name.startswith("_") and name not in _INCIDENTAL
+
+    return {str(name): _stripped(value) for name, value in config.items() if is_said(str(name))}

@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from ...records.judgement import MIN_KAPPA
 from ...records.trace_summary import Mismatch
@@ -63,13 +64,17 @@ def _finish(axes: Axes, **settings) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Below the axes, where it covers nothing."""
-    columns = -(-len(axes.get_legend_handles_labels()[1]) // 2) if len(axes.get_legend_handles_labels()[1]) > 4 else 4
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
+    """Below the axes and their label, where it covers nothing."""
+    many = len(axes.get_legend_handles_labels()[1]) > 4
+    below = axes.transAxes + ScaledTranslation(0, -0.42, axes.figure.dpi_scale_trans)  # inches
+    axes.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, frameon=False,
+        ncols=4 if many else 5,
+    )  # fmt: skip
 
 
 def _changed(data: RunData) -> Picture | None:
-    routers, tokens = (data.curve(f"routing_replay/changed_{name}_frac") for name in ("router", "token"))
+    routers, tokens = (data.curve(f"routing_replay/{name}") for name in ("changed_router_frac", "changed_token_frac"))
     if not routers:
         return None
     by_layer = [step for step in data.steps if step.compared_rows]
@@ -234,7 +239,7 @@ def _agreement(data: RunData) -> Picture | None:
 
 
 def _missing(data: RunData) -> Picture | None:
-    missing, replayed = (data.curve(f"routing_replay/{name}_frac") for name in ("missing", "replayed"))
+    missing, replayed = (data.curve(f"routing_replay/{name}") for name in ("missing_frac", "replayed_frac"))
     if not missing:
         return None
     figure = new_figure(10, 3.4)

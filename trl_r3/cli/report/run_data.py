@@ -19,9 +19,16 @@ from ...records.trace_summary import StepSummary, summarise
 
 # those of `trl_r3.trainers.log`, which takes seconds to import
 METRICS = (
-    *(f"routing_replay/{name}_frac" for name in ("replayed", "missing", "changed_router", "changed_token")),
-    *(f"routing_replay/{name}" for name in ("agreement", "contrast")),
-    *(f"sampling/{way}{name}" for way in ("", "live/") for name in ("k3_kl", "extreme_token_frac")),
+    "routing_replay/replayed_frac",
+    "routing_replay/missing_frac",
+    "routing_replay/changed_router_frac",
+    "routing_replay/changed_token_frac",
+    "routing_replay/agreement",
+    "routing_replay/contrast",
+    "sampling/k3_kl",
+    "sampling/extreme_token_frac",
+    "sampling/live/k3_kl",
+    "sampling/live/extreme_token_frac",
 )
 TAUS = (1.1, 1.5, 2.0)
 MAX_NAMED = 3  # unreadable files
