@@ -282,6 +282,11 @@ def _wait_until_healthy(server: subprocess.Popen, base_url: str, log: Path, time
         time.sleep(0.5)
 
 
+def routes_section(config: dict[str, Any]) -> dict[str, Any]:
+    """Where a server's config says whether it returns routes: of its own from vLLM 0.31 on, of the model before."""
+    return config["aux_output_config"] if "aux_output_config" in config else config["model_config"]
+
+
 def request(url: str, body: Any = None) -> Any:
     """GET, or POST of JSON where there is a body; the answer's JSON, or `None` where it is empty."""
     data = None if body is None else json.dumps(body).encode()

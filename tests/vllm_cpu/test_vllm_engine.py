@@ -170,4 +170,4 @@ def test_server_describes_itself(server_url):
 
     assert cpu_engine.request(f"{server_url}/version") == {"version": __version__.split("+")[0]}
     config = cpu_engine.request(f"{server_url}/server_info?config_format=json")["vllm_config"]
-    assert config["model_config"]["enable_return_routed_experts"] is True
+    assert cpu_engine.routes_section(config)["enable_return_routed_experts"] is True

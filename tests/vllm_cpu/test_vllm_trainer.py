@@ -362,7 +362,7 @@ def test_a_server_without_the_flag_is_refused(tmp_path, model_folder, server_on_
 
     own = VLLMClient.get_server_info
     info = own(type("Client", (), {"session": __import__("requests").Session(), "base_url": server_on_cpu})())
-    info["model_config"]["enable_return_routed_experts"] = False
+    cpu_engine.routes_section(info)["enable_return_routed_experts"] = False
     monkeypatch.setattr(VLLMClient, "get_server_info", lambda self: info)
     with pytest.raises(ValueError, match=f"vllm serve {model_folder} --enable-return-routed-experts"):
         make(tmp_path, model_folder, use_vllm=True, vllm_mode="server", vllm_server_base_url=server_on_cpu)

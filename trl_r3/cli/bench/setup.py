@@ -66,7 +66,7 @@ class BenchSettings:
     rollout_tokens: int = 1024
     vocabulary: int = 32_768
     kept: tuple[int, ...] = (8, 512)
-    mask_pairs: int = 10
+    mask_pairs: int = 4
     scored_vocabulary: int = 1024
     scored_batches: int = 20
 
