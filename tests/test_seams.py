@@ -174,10 +174,16 @@ SETTINGS += " vllm_mode vllm_tensor_parallel_size gradient_checkpointing_kwargs 
 SETTINGS += " generation_kwargs"
 BATCH = "prompt_ids prompt_mask completion_ids completion_mask"
 
+FILES = {
+    "training_step": "trainers/guarded_steps.py",
+    "train": "trainers/attaching.py",
+    "_prepare_for_training": "trainers/attaching.py",
+}
+
 SEAMS = [
     *(
         Seam(
-            "trainers/guarded_steps.py" if name == "training_step" else "trainers/mixin.py",
+            FILES.get(name, "trainers/mixin.py"),
             f"{trainer.__name__}.{name}",
             lambda t=trainer, n=name: hasattr(t, n),
         )

@@ -8,23 +8,18 @@ from typing import TYPE_CHECKING
 
 from .._compat import swapped
 from ..routers.forward_pass import TrainingGuard
-from .log import ReplayLogMixin
+from .attaching import AttachingMixin
 
 if TYPE_CHECKING:
-    from ..routers.router_replay import RouterReplay
     from .rollout import Scoring
 
 
-class GuardedStepsMixin(ReplayLogMixin):
+class GuardedStepsMixin(AttachingMixin):
     """Each forward of a training step that builds a graph replays, or goes live on purpose."""
 
     if TYPE_CHECKING:  # what the trainer has
-        _use_replay: bool
         _scoring: Scoring | None
         _masked: Scoring | None
-
-        @property
-        def routing_replay(self) -> RouterReplay: ...
 
     def training_step(self, *args, **kwargs):
         """`training_step` of TRL: each of its forwards that builds a graph replays, and one of them at least."""

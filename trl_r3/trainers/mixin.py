@@ -20,17 +20,12 @@ from ..engines.turns import RolloutRecord, Turn, stitch
 from ..engines.vllm_engine import capturing_vllm
 from ..records.samples import ScoredBatch
 from ..records.storage import slice_samples
-from ..routers.discovery import refuse_dense
-from ..routers.probe import input_device
-from ..routers.router_replay import RouterReplay
-from .alarm import Alarm
 from .construction import check_parent, check_setup
 from .guarded_steps import GuardedStepsMixin
 from .log import ReplayLogMixin
 from .rollout import Rollout, Scoring
 from .sampling_masks import SamplingMaskMixin
 from .together import raise_together
-from .tracing import Tracer
 
 
 class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
@@ -44,14 +39,10 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
 
     def __init__(self, *args, **kwargs):
         check_parent(type(self), ReplayLogMixin)
-        self._attached_replay: RouterReplay | None = None
-        self._alarm: Alarm | None = None
-        self._tracer: Tracer | None = None
         self._evaluates = False
         self._turns: list[Turn] = []
         self._known_routes = KnownRoutes()
         self._rollout_error: Exception | None = None
-        self._rollout: Rollout | None = None
         self._scoring: Scoring | None = None
         config: Any = kwargs.get("args") or next((arg for arg in args if hasattr(arg, "use_routing_replay")), None)
         self._use_replay = bool(getattr(config, "use_routing_replay", False))
@@ -69,55 +60,6 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
                 self._attach(only_with_weights=True)
             finally:
                 self._detach()
-
-    def _attach(self, only_with_weights: bool = False) -> None:
-        self._detach()
-        model = self.accelerator.unwrap_model(self.model)
-        error = None
-        try:
-            refuse_dense(model)
-            if not only_with_weights or input_device(model) is not None:
-                self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
-        except (RuntimeError, ValueError) as refusal:
-            error = refusal
-        raise_together(self.accelerator, error)
-
-    def _detach(self) -> None:
-        if self._attached_replay is not None:
-            self._attached_replay.remove()
-        self._attached_replay = self._alarm = self._tracer = None
-        if self._rollout is not None:
-            self._rollout.remove_files()
-
-    def _prepare_for_training(self, *args, **kwargs):
-        """Of Transformers, when weights are sharded and kernels replaced: here the routers are as they will train."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._use_replay:
-            self._attach()
-            layout, action = self.routing_replay.layout, self.args.routing_replay_alarm
-            self._alarm = Alarm(layout, action, judges=self._has_foreign_records)
-            self._tracer = Tracer(self)
-        return prepared
-
-    @property
-    def routing_replay(self) -> RouterReplay:
-        """The handle on the policy, while it trains."""
-        if self._attached_replay is None:
-            raise RuntimeError("routing replay is attached to the policy only while `train()` runs. Call it inside.")
-        return self._attached_replay
-
-    @property
-    def _has_foreign_records(self) -> bool:
-        foreign = self.use_vllm or getattr(self, "rollout_func", None) is not None
-        return foreign and self.args.routing_replay_mode == "R3"
-
-    def train(self, *args, **kwargs):
-        """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
-        self._last_compared, self._rollout = None, None
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._detach()
 
     def prediction_step(self, *args, **kwargs):
         """`prediction_step` of TRL: evaluation routes live."""
