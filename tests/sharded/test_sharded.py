@@ -127,6 +127,35 @@ def test_rollouts_of_sharded_policies_are_recorded_and_replayed(folder, config):
         assert changed[0] == changed[2] == 0 and min(changed[1], changed[3]) > 0.1
 
 
+@pytest.fixture(scope="module")
+def alone_with_masks(folder):
+    """What one process makes of told masks; they change what it learns."""
+    (report,) = launch(folder, "single_gpu", "alone_masks", "--masks", processes=1)
+    (without,) = launch(folder, "single_gpu", "alone_without", processes=1)
+    for log, other in zip(report["log"], without["log"], strict=True):
+        assert log["entropy"] < 0.9 * other["entropy"]
+    return report, trained(folder, "alone_masks", lora=False)
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_sampling_masks_with_a_head_that_is_sharded(folder, alone_with_masks, config):
+    expected, weights = alone_with_masks
+    for report in launch(folder, config, f"{config}_masks", "--masks", "--checkpointing", "non-reentrant"):
+        for log, own in zip(report["log"], expected["log"], strict=True):
+            for metric in ("loss", "grad_norm", "entropy"):
+                assert log[metric] == pytest.approx(own[metric], rel=1e-5, abs=1e-6), metric
+    for key, value in trained(folder, f"{config}_masks", lora=False).items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_sampling_masks_of_sharded_policies(folder, config):
+    """Recorded while sharded weights generate: on both sides the same distribution."""
+    for report in launch(folder, config, f"{config}_own_masks", "--masks", "--rollouts", "own"):
+        found = [log["sampling/k3_kl"] for log in report["log"] if log.get("sampling/k3_kl") is not None]
+        assert found and max(found) <= 1e-10
+
+
 def test_training_goes_on_with_shards(folder):
     """A second `train()` finds what the first one has sharded."""
     once, twice = launch(folder, "fsdp2", "once"), launch(folder, "fsdp2", "twice", "--twice")

@@ -26,7 +26,7 @@ from engines.fake_vllm import completion_of, routes_of
 from engines.tiny_chat import make_tokenizer
 from peft import LoraConfig
 
-from trl_r3 import R3GRPOConfig, R3GRPOTrainer, UnsupportedRouterError
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer, SamplingMask, UnsupportedRouterError
 from trl_r3.routers import discovery
 
 MOE_LAYERS = [0, 2, 3]
@@ -46,7 +46,13 @@ def play(prompts: list[str], trainer) -> dict[str, list]:
         "completion_ids": completion_ids,
         "logprobs": logprobs,
         "routed_experts": routes,
+        "sampling_masks": [SamplingMask.of([kept_of(token) for token in ids]) for ids in completion_ids],
     }
+
+
+def kept_of(token: int) -> list[int]:
+    """What sampling is told to have kept beside a token, told by it; after every fifth nothing was cut."""
+    return [] if token % 5 == 0 else sorted({token, *range(token % 11, 128, 7 + token % 4)})
 
 
 def reward(completion_ids, **kwargs) -> list[float]:
@@ -125,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--rollouts", choices=["told", "own"], default="told")
+    parser.add_argument("--masks", action="store_true")
     parser.add_argument("--gating", default="intercept")
     parser.add_argument("--checkpointing", choices=["none", "reentrant", "non-reentrant"], default="none")
     parser.add_argument("--optim", default="sgd")  # AdamW makes large steps of gradients that are rounding only
@@ -155,6 +162,8 @@ def make_trainer(options: argparse.Namespace) -> Watched:
         args=R3GRPOConfig(
             str(options.folder / options.name),
             use_routing_replay=True,
+            use_sampling_mask_replay=options.masks,
+            top_p=0.8 if options.masks else 1.0,
             routing_replay_alarm="error" if own else "off",  # nobody's routes fit no tokens
             routing_replay_gating=options.gating,
             use_cpu=True,
