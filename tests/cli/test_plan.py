@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
+)
 
 from trl_r3.cli import command as cli
 from trl_r3.cli.plan import Job, PlanError, estimate, read_model, remedies
@@ -225,6 +234,25 @@ def test_configs_of_the_recipes(name):
     assert facts.parameters == pytest.approx(expected[0], rel=5e-3)
     assert (len(facts.layout.moe_layers), facts.layout.num_experts, facts.layout.top_k) == expected[1:]
     assert "Not the file of" in json.loads((CONFIGS / name / "config.json").read_text())["_source"]
+
+
+@pytest.mark.parametrize(
+    ("config", "moe_layers", "experts"),
+    [
+        (DeepseekV3Config(num_hidden_layers=5), (3, 4), (256, 8)),  # the first three are dense
+        (Qwen3VLMoeConfig(), tuple(range(24)), (60, 4)),  # only behind a tower for images
+        (GptOssConfig(num_hidden_layers=3), (0, 1, 2), (128, 4)),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_other_families(tmp_path, config, moe_layers, experts):
+    config.save_pretrained(tmp_path)
+    facts = read_model(str(tmp_path), Job(prompts=1))
+    assert facts.layout.moe_layers == moe_layers
+    assert (facts.layout.num_experts, facts.layout.top_k) == experts
+    with torch.device("meta"):
+        built = getattr(transformers, facts.architecture)(config)
+    assert facts.parameters == sum(parameter.numel() for parameter in built.parameters())
 
 
 def test_nothing_is_left_behind():

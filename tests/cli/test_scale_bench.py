@@ -55,7 +55,7 @@ def test_what_grows_with_the_length_is_seen(monkeypatch):
     real = scale.stitch
 
     def slow(turns, prompts, completions, layout):
-        end = time.process_time() + 1e-7 * len(prompts) * (len(prompts[0]) + len(completions[0])) ** 2
+        end = time.process_time() + 2e-8 * len(prompts) * (len(prompts[0]) + len(completions[0])) ** 2
         while time.process_time() < end:
             pass
         return real(turns, prompts, completions, layout)
