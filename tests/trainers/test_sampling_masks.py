@@ -452,7 +452,6 @@ REFUSED = {
     "Set `top_k=512`": {**VLLM, "top_k": 0},
     "only where it samples": {**VLLM, "generation_kwargs": {"temperature": 0.0}},
     "`torch_compile=True` runs past sampling masks": {"torch_compile": True},
-    "traces hold no sampling masks": {"use_routing_replay": True, "routing_replay_trace_dir": "traces"},
 }
 
 

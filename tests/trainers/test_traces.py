@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,16 @@ def test_another_dtype_or_attention_is_refused(qwen3, traced):
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"attention sdpa, this model has eager\. Load the model with `attn_impl"):
         verify_trace(model, trace)
+
+
+def test_log_probabilities_over_kept_tokens_are_not_replayed(qwen3, traced):
+    _, paths, weights = traced(qwen3(), use_sampling_mask_replay=True, top_p=0.9, max_steps=1)
+    trace, model = load_trace(paths[0]), qwen3()
+    model.load_state_dict(weights[0])
+    with pytest.raises(ValueError, match="over the tokens that sampling kept.* `use_sampling_mask_replay=False`"):
+        verify_trace(model, trace)
+    facts = replace(trace.facts, unreplayable=None)
+    assert not verify_trace(model, replace(trace, facts=facts)).matches, "or they need not be refused"
 
 
 def test_only_so_many_steps_are_traced(qwen3, traced):

@@ -57,7 +57,7 @@ class TraceFacts:
         agreement, contrast (`float`, *optional*):
             Those of the alarm.
         unreplayable (`str`, *optional*):
-            What else its forward was given, which the trace does not hold.
+            Why it cannot be replayed: what else its forward was given, and what to do about it.
     """
 
     step: int

@@ -90,11 +90,6 @@ def check_mask_setup(config: Any) -> None:
             "`torch_compile=True` runs past sampling masks. Set `torch_compile=False`, or "
             "`use_sampling_mask_replay=False`."
         )
-    if config.routing_replay_trace_dir is not None:
-        raise ValueError(
-            "traces hold no sampling masks, so nobody could compute the log-probabilities of this run again. Set "
-            "`routing_replay_trace_dir=None`, or `use_sampling_mask_replay=False`."
-        )
 
 
 def _without_weights(name: str, config: Any) -> nn.Module | None:

@@ -93,7 +93,7 @@ def refuse_another_model(facts: TraceFacts, here: dict[str, Any]) -> None:
         `ValueError`: Naming what differs, both values and what to do.
     """
     if facts.unreplayable is not None:
-        raise ValueError(f"the trace cannot be replayed: {facts.unreplayable}. Trace a run on text.")
+        raise ValueError(f"the trace cannot be replayed: {facts.unreplayable}")
     same_library = facts.versions.get("transformers") == here["versions"]["transformers"]
     if facts.model_type != here["model_type"] or (same_library and facts.config_digest != here["config_digest"]):
         raise ValueError(

@@ -133,7 +133,14 @@ class Tracer:
         pending.of_rollout = {name: _completions(value, samples) for name, value in given.items() if value is not None}
         beside = [name for name in _NOT_TRACED if name in output]
         if beside:
-            pending.unreplayable = f"its forwards were given {', '.join(beside)}, which no trace holds"
+            pending.unreplayable = (
+                f"its forwards were given {', '.join(beside)}, which no trace holds. Trace a run on text."
+            )
+        elif self.trainer._use_masks:
+            pending.unreplayable = (
+                "its log-probabilities are over the tokens that sampling kept, which no trace holds. Trace a run with "
+                "`use_sampling_mask_replay=False`."
+            )
         self._take_statistics(pending)
         if old_logprobs is not None and not pending.samples:
             self._take_own_record(pending, samples, output, old_logprobs)

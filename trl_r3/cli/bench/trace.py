@@ -110,5 +110,6 @@ def _trainer(model: Any, replay: RouterReplay, folder: str) -> Any:
         state=SimpleNamespace(global_step=0),
         temperature=1.0,
         _alarm=SimpleNamespace(seen=None),
+        _use_masks=False,
         _rollout_logprobs=lambda output: output["rollout_logprobs"],
     )
