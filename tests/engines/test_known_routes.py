@@ -48,11 +48,12 @@ class Engine:
         return outputs
 
 
-def play(engine, prompts, turns, known=None):
+def play(engine, prompts, turns, known=None, tools=True):
     """The tool loop of TRL: every sample hears a token after each turn. Returns turns, and what was said."""
     trainer = SimpleNamespace(
         use_vllm=True,
         vllm_mode="colocate",
+        tools=[print] if tools else [],
         vllm_generation=SimpleNamespace(llm=engine, tensor_parallel_size=1, tp_group=None),
     )
     known, played, given = known or KnownRoutes(), [], [list(prompt) for prompt in prompts]
@@ -108,6 +109,12 @@ def test_one_record_a_conversation_is_kept():
     known = KnownRoutes()
     play(Engine(), PROMPTS[:3], 5, known)
     assert len(known._rows) == 3
+
+
+def test_rollouts_of_one_turn_keep_nothing():
+    known = KnownRoutes()
+    play(Engine(), PROMPTS[:3], 1, known, tools=False)
+    assert not known._rows
 
 
 def test_the_next_rollout_knows_nothing():

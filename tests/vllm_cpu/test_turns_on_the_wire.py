@@ -33,7 +33,7 @@ def converse(llm, prompts, known_of_turn):
 
     torch.manual_seed(0)
     generation = SimpleNamespace(llm=llm, tensor_parallel_size=1, tp_group=None)
-    trainer = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_generation=generation)
+    trainer = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_generation=generation, tools=[print])
     sampling = SamplingParams(temperature=1.0, logprobs=0, max_tokens=SAMPLED, ignore_eos=True)
     turns, sent, given = [], [], prompts
     for turn in range(TURNS):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,8 @@ def capture(trainer: Any, replay: RouterReplay, known: KnownRoutes) -> AbstractC
         A context manager. What it yields makes the [`Turn`] once the call has returned.
     """
     if trainer.use_vllm:
+        if not (getattr(trainer, "tools", None) or getattr(trainer, "rollout_func", None)):
+            known = KnownRoutes()  # no later turn will ask for them
         if trainer.vllm_mode == "server":
             return _vllm_server(trainer, replay.layout, known)
         return _vllm_colocate(trainer, replay.layout, known)
@@ -200,15 +202,14 @@ def _vllm_colocate(trainer: Any, layout: RoutingLayout, known: KnownRoutes) -> I
 def _vllm_server(trainer: Any, layout: RoutingLayout, known: KnownRoutes) -> Iterator[MakeTurn]:
     accelerator = trainer.accelerator
     client = trainer.vllm_generation.vllm_client if accelerator.is_main_process else None
-    if client is not None:
-        client.known_routes = known
 
     def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
         routes = client.take_routes() if client is not None else None
         own = _own_share(accelerator, routes, len(prompt_ids))
         return Turn(prompt_ids, completion_ids, [to_record(ids, layout, sample) for sample, ids in enumerate(own)])
 
-    yield make_turn
+    with swapped(client, "known_routes", known) if client is not None else nullcontext():
+        yield make_turn
 
 
 def _own_share(accelerator: Any, routes: list[np.ndarray] | None, count: int) -> list[np.ndarray]:
