@@ -53,7 +53,9 @@ class Engines:
                     for output in outputs:
                         for each in output.outputs:
                             tokens = (*output.prompt_token_ids, *each.token_ids)
-                            self.records.append((tokens, each.routed_experts.copy()))
+                            rows = np.full((len(tokens) - 1, *each.routed_experts.shape[1:]), 255, dtype=np.uint8)
+                            rows[-len(each.routed_experts) :] = each.routed_experts  # the others were not asked for
+                            self.records.append((tokens, rows))
                     return outputs
 
                 llm.generate = generate
