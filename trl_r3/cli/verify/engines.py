@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -181,7 +182,8 @@ def server_rollout(url: str, sampling: Sampling) -> VerifiedRollout:
         """One that goes on where a choice has no routes, to say so beside the rest."""
 
         def decode(self, payload: str | None) -> Any:
-            return _decoded(super().decode, payload, notes)
+            routes = _decoded(super().decode, payload, notes)
+            return np.empty((0, 0, 0)) if routes is None else routes
 
     prompts, completions, routes, logprobs = [], [], [], []
     try:
@@ -196,7 +198,7 @@ def server_rollout(url: str, sampling: Sampling) -> VerifiedRollout:
             )
             prompts += answer["prompt_ids"]
             completions += answer["completion_ids"]
-            routes += client.take_routes()
+            routes += [ids if len(ids) else None for ids in client.take_routes()]
             logprobs += _sampled(answer)
     except Exception as error:  # TRL raises plain ones for what the server answers
         raise BadInput(f"no server to verify at {url}: {first_line(error)}.") from error
