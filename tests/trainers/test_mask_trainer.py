@@ -461,11 +461,6 @@ def test_what_cannot_work_is_refused_at_construction(make, message):
         make(**REFUSED[message])
 
 
-def test_traces_are_refused(make, qwen3):
-    with pytest.raises(ValueError, match="traces hold no sampling masks"):
-        make(qwen3(), use_routing_replay=True, routing_replay_trace_dir="traces")
-
-
 def test_the_warning_names_what_cuts(make):
     with pytest.warns(RuntimeWarning, match=r"top_p=0.8, min_p=0.1 cuts the distribution") as seen:
         make(use_sampling_mask_replay=False, generation_kwargs={"min_p": 0.1})
