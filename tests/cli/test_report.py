@@ -17,10 +17,10 @@ from made_traces import make_trace
 from trl_r3 import extreme_token_frac, k3_kl
 from trl_r3.cli import command as cli
 from trl_r3.cli.report.pictures import pictures
-from trl_r3.cli.report.run_data import METRICS, TAUS, gather
+from trl_r3.cli.report.run_data import TAUS, gather
 from trl_r3.records.trace import Trace
 from trl_r3.records.trace_file import save_trace
-from trl_r3.trainers.log import SHARES
+from trl_r3.trainers.metric_names import SHARES
 
 NAMES = ["changed_routers", "expert_load", "delta_logprob", "mismatch", "agreement", "missing_rows"]
 
@@ -36,7 +36,7 @@ def a_trace(step, rank=0, **changes):
     return Trace(**{**vars(trace), "masks": masks, "rollout_logprobs": rollout, "changed": changed, **changes})
 
 
-def write_log(folder, steps, names=METRICS):
+def write_log(folder, steps, names=SHARES):
     entries = [{"step": step, "loss": 0.1, **dict.fromkeys(names, 0.01 * step + 0.1)} for step in steps]
     entries.append({"step": 1, "train_runtime": 2.0, "sampling/k3_kl": None})
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
@@ -53,10 +53,6 @@ def run(tmp_path):
         (tmp_path / checkpoint).mkdir()
         write_log(tmp_path / checkpoint, steps)
     return tmp_path
-
-
-def test_the_metrics_are_those_of_the_log():
-    assert sorted(METRICS) == sorted(SHARES)
 
 
 def test_traces_of_all_processes_are_one(run):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_r3 import R3GRPOTrainer
-from trl_r3.trainers.log import SHARES
+from trl_r3.trainers.metric_names import SHARES
 
 REPLAY = [f"routing_replay/{name}_frac" for name in ("replayed", "missing", "changed_router", "changed_token")]
 MISMATCH = ["sampling/k3_kl", "sampling/extreme_token_frac"]

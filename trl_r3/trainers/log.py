@@ -17,22 +17,10 @@ from trl.trainer.utils import pad
 
 from ..records.samples import ScoredBatch
 from ..routers.forward_pass import ReplayStats, TrainingGuard
+from .metric_names import SHARES
 from .metrics import k3_kl, mismatch_sums
 
 _ROUNDING_K3 = 1e-8  # what float32 alone makes of equal routing
-
-SHARES = (
-    "routing_replay/replayed_frac",
-    "routing_replay/missing_frac",
-    "routing_replay/changed_router_frac",
-    "routing_replay/changed_token_frac",
-    "routing_replay/agreement",
-    "routing_replay/contrast",
-    "sampling/k3_kl",
-    "sampling/extreme_token_frac",
-    "sampling/live/k3_kl",
-    "sampling/live/extreme_token_frac",
-)
 
 if TYPE_CHECKING:
     _Trainer = GRPOTrainer  # what the mixin calls on `self`

@@ -16,20 +16,8 @@ from typing import Any
 from ...records.trace import Trace, TraceFacts
 from ...records.trace_file import find_traces, load_trace
 from ...records.trace_summary import StepSummary, summarise
+from ...trainers.metric_names import SHARES
 
-# those of `trl_r3.trainers.log`, which takes seconds to import
-METRICS = (
-    "routing_replay/replayed_frac",
-    "routing_replay/missing_frac",
-    "routing_replay/changed_router_frac",
-    "routing_replay/changed_token_frac",
-    "routing_replay/agreement",
-    "routing_replay/contrast",
-    "sampling/k3_kl",
-    "sampling/extreme_token_frac",
-    "sampling/live/k3_kl",
-    "sampling/live/extreme_token_frac",
-)
 TAUS = (1.1, 1.5, 2.0)
 MAX_NAMED = 3  # unreadable files
 
@@ -162,7 +150,7 @@ def _read_log(data: RunData) -> None:
         entries = [(int(entry["step"]), entry) for entry in history]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no log of a trainer ({error!r}). Pass the `output_dir` of a run.") from error
-    for name in METRICS:
+    for name in SHARES:
         values = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
         if values:
             data.log[name] = values
