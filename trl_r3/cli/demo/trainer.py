@@ -6,7 +6,7 @@ Legend: B batch, C completion tokens, T tokens with padding, L MoE layers, K exp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -52,10 +52,13 @@ class LowPrecisionRolloutTrainer(R3GRPOTrainer):
     def _measures_now(self) -> bool:
         return self.model.training and self.state.global_step % self.measure_every == 0
 
+    def _rollout_numerics(self, model: Any) -> AbstractContextManager[None]:
+        return in_bfloat16(model)
+
     def _generate_single_turn(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with ExitStack() as stack:
-            stack.enter_context(in_bfloat16(model))
+            stack.enter_context(self._rollout_numerics(model))
             if self._measures_now and not self._use_replay:
                 stack.enter_context(self._capture(model))
             return super()._generate_single_turn(*args, **kwargs)
