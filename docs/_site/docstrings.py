@@ -6,7 +6,7 @@ import re
 import griffe
 
 SECTION = re.compile(r"^(Args|Parameters|Attributes|Returns|Yields|Raises|Examples?):\s*$")
-ITEM = re.compile(r"^ {4}(?! )(?:(\w+) (\(.+\))|(`.+?`|\[`.+?`\])):\s*(.*)$")
+ITEM = re.compile(r"^ {4}(?! )(?:(\*{0,2}\w+)( \(.+\))?|(`.+`|\[`.+`\](?: .+?)?)):(?:\s+(.*))?$")
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
 
 
@@ -33,7 +33,8 @@ def as_markdown(docstring):
             lines += ["", f"**{header[1]}**", ""]
         elif in_section and (item := ITEM.match(line)):
             name, kind, bare, rest = item.groups()
-            lines.append(f"* `{name}` {kind}: {rest}".rstrip() if name else f"* {bare}: {rest}".rstrip())
+            head = f"`{name}`{kind or ''}" if name else bare
+            lines.append(f"* {head}: {rest or ''}".rstrip())
         elif in_section and line.startswith("    "):
             lines.append("    " + line.strip())
         else:
