@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import error_messages
 import pytest
@@ -116,6 +117,31 @@ def test_links_lead_to_files():
     assert not [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()]
 
 
+def loaded(name: str):
+    """A module of the site, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "_site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("source_url", "expected"),
+    [
+        ("", "[a](jobs.md#b), the recipes (`examples/recipes`), `README.md`"),
+        (
+            "https://host/",
+            "[a](jobs.md#b), [the recipes](https://host/examples/recipes), [README](https://host/README.md)",
+        ),
+    ],
+)
+def test_links_out_of_the_docs_are_rewritten(source_url: str, expected: str):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="quick_start.md"))
+    config = SimpleNamespace(extra={"source_url": source_url})
+    written = "[a](jobs.md#b), [the recipes](../examples/recipes), [README](../README.md)"
+    assert loaded("links").on_page_markdown(written, page, config, files=[]) == expected
+
+
 DOCSTRING = """
 Says what it does.
 
@@ -123,12 +149,20 @@ Args:
     ids (`torch.Tensor` of shape `(N, K)`, *optional*, defaults to `None`):
         First line,
         second line of [`~trl.GRPOConfig`].
+    first, second (`int`):
+        Two.
+    kwargs:
+        The rest.
 
 Returns:
     `torch.Tensor` of shape `(N,)`: What it is.
 
 Raises:
     `ValueError`: If it is wrong.
+
+Yields:
+    What has no name, in a sentence
+    of two lines.
 
 Example:
 
@@ -144,6 +178,10 @@ MARKDOWN = """Says what it does.
 * `ids` (`torch.Tensor` of shape `(N, K)`, *optional*, defaults to `None`):
     First line,
     second line of `GRPOConfig`.
+* `first, second` (`int`):
+    Two.
+* `kwargs`:
+    The rest.
 
 
 **Returns**
@@ -156,6 +194,12 @@ MARKDOWN = """Says what it does.
 * `ValueError`: If it is wrong.
 
 
+**Yields**
+
+What has no name, in a sentence
+of two lines.
+
+
 **Example**
 
 
@@ -166,7 +210,4 @@ MARKDOWN = """Says what it does.
 
 def test_docstrings_become_lists():
     pytest.importorskip("griffe")
-    spec = importlib.util.spec_from_file_location("docstrings", DOCS / "_site" / "docstrings.py")
-    docstrings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(docstrings)
-    assert docstrings.as_markdown(DOCSTRING) == MARKDOWN
+    assert loaded("docstrings").as_markdown(DOCSTRING) == MARKDOWN

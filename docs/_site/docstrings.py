@@ -6,7 +6,7 @@ import re
 import griffe
 
 SECTION = re.compile(r"^(Args|Parameters|Attributes|Returns|Yields|Raises|Examples?):\s*$")
-ITEM = re.compile(r"^ {4}(?! )(?:(\*{0,2}\w+)( \(.+\))?|(`.+`|\[`.+`\](?: .+?)?)):(?:\s+(.*))?$")
+ITEM = re.compile(r"^ {4}(?! )(?:(\*{0,2}\w+(?:, \w+)*)( \(.+\))?|(`.+`|\[`.+`\](?: .+?)?)):(?:\s+(.*))?$")
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
 
 
@@ -36,7 +36,7 @@ def as_markdown(docstring):
             head = f"`{name}`{kind or ''}" if name else bare
             lines.append(f"* {head}: {rest or ''}".rstrip())
         elif in_section and line.startswith("    "):
-            lines.append("    " + line.strip())
+            lines.append(line[4:])  # of an item, or a paragraph instead of items
         else:
             in_section = in_section and not line.strip()
             lines.append(line)
