@@ -24,21 +24,18 @@ def messages(source: str) -> list[str]:
     """The messages of one file, without those that are only passed on, each once, in the order of the source."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
     makers = [call for call in calls if _MAKER.match(getattr(call.func, "id", getattr(call.func, "attr", "")))]
-    texts = {
-        _text(argument): None
-        for call in sorted(makers, key=lambda call: call.lineno)
-        for argument in call.args
-        if isinstance(argument, ast.Constant | ast.JoinedStr) and isinstance(getattr(argument, "value", ""), str)
-    }
+    texts = dict.fromkeys("; ".join(_texts(call)) for call in sorted(makers, key=lambda call: call.lineno))
     return [text for text in texts if len(re.findall(r"[A-Za-z]{2,}", text)) >= MIN_WORDS]
 
 
-def _text(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    assert isinstance(node, ast.JoinedStr)
-    parts = [part.value if isinstance(part, ast.Constant) else FILLED_IN for part in node.values]
-    return "".join(str(part) for part in parts)
+def _texts(call: ast.Call) -> list[str]:
+    """The texts among the arguments of a call."""
+    texts = []
+    for argument in call.args:
+        parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+        if isinstance(argument, ast.JoinedStr) or isinstance(getattr(argument, "value", None), str):
+            texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else FILLED_IN for p in parts))
+    return texts
 
 
 def messages_by_file() -> dict[str, list[str]]:
