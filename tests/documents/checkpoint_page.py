@@ -14,9 +14,9 @@ CONFIGS = sorted((ROOT / "examples" / "recipes" / "configs").glob("*/config.json
 HEAD = """\
 # Supported models by checkpoint
 
-Checkpoints with a config in `examples/recipes/configs`, by `python tests/documents/checkpoint_page.py`. None is the file of the
-Hub: their sources are named below. The type of a model decides whether it is supported, and [all types](supported_models.md)
-are listed. None of these has been run at full size.
+Checkpoints with a config in `examples/recipes/configs`, by `python tests/documents/checkpoint_page.py`. None is the
+file of the Hub: their sources are named below. The type of a model decides whether it is supported, and
+[all types](supported_models.md) are listed. None of these has been run at full size.
 
 | Checkpoint | Type | MoE layers | E | K |
 |---|---|---|---|---|
