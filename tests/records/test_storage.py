@@ -216,3 +216,14 @@ def test_alignment_that_does_not_fit_is_refused(prompt_width, width):
     fitting, long = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(9, 1, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"sample 1: a record of 9 rows with a prompt of 4 .* {width} wide"):
         align([fitting, long], [2, 4], prompt_width, width, layout)
+
+
+def test_rows_of_draft_layers_never_enter_a_record():
+    """An engine that drafts with layers of its own (MTP) would return their routers behind those of the decoder."""
+    layout = RoutingLayout((1, 2, 3), 4, 16, 2)
+    rows = torch.arange(5 * 4 * 2).reshape(5, 4, 2) % 16
+    own = select_moe_layers(rows, layout)
+    assert torch.equal(own, rows[:, 1:])
+    drafted = torch.cat([rows, rows[:, :1]], dim=1)
+    with pytest.raises(ValueError, match="`routed_experts` has 5 layer slots, but the model has 3 MoE layers and 4"):
+        select_moe_layers(drafted, layout)

@@ -208,3 +208,17 @@ def test_models_that_are_sharded_already(folder, gating):
             assert seen["live"] > 0.9 * seen["rows"] > 0, kind  # routes of nobody
             assert seen["wrong"] == 0, kind
             assert max(seen["logits"], seen["gradient"]) < 1e-5, (kind, seen)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("gating", ["intercept", "op"])
+def test_routers_that_zero3_has_partitioned(folder, gating):
+    run(
+        ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "attach_zero3.py", folder, gating],
+        folder,
+    )
+    for rank in range(2):
+        seen = json.loads((folder / f"zero3-{gating}-rank{rank}.json").read_text())
+        assert seen["elements"] == 0, "the router is not partitioned"
+        assert seen["live"] > 0.9 * seen["rows"] > 0 == seen["wrong"]
+        assert max(seen["logits"], seen["gradient"]) < 1e-5, seen
