@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,30 +36,53 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def replayed(model, ids, record, gating: str) -> dict:
-    """One pass over `ids (B, T)` that replays: executed ids, logits, loss and the gradient of a router."""
+def told_ids() -> torch.Tensor:
+    """(4, 12) token ids."""
+    return (torch.arange(48).reshape(4, 12) * 7 + 3) % 100 + 10
+
+
+def router(model) -> torch.nn.Parameter:
+    """The weight whose gradient is compared."""
+    return model.model.layers[2].mlp.gate.weight
+
+
+def replayed(model, ids, record, gating: str, call: Callable | None = None, backward=torch.Tensor.backward) -> dict:
+    """
+    One pass over `ids (B, T)` that replays: live and executed ids, and logits. Gradients are left on the model.
+
+    `call` and `backward` are those of an engine around the model.
+    """
+    call = call or model
     model.train()
     with RouterReplay(model, gating) as replay:
         with replay.record() as recorded, torch.no_grad():
-            model(input_ids=ids)
+            call(input_ids=ids)
         with executed_ids(model) as seen, replay.replay(record):
-            output = model(input_ids=ids, labels=ids)
-        output.loss.backward()
-    router = dict(model.named_parameters())["model.layers.2.mlp.gate.weight"]
-    gradient, logits = whole(router.grad), whole(output.logits)
-    model.zero_grad()
+            output = call(input_ids=ids, labels=ids)
+        backward(output.loss)
     return {
         "live": recorded.routed_experts,
         "executed": stacked(seen, len(ids)),
-        "logits": logits.detach(),
-        "gradient": gradient,
+        "logits": whole(output.logits).detach(),
+    }
+
+
+def compared(got: dict, record, logits, gradient, expected_gradient) -> dict:
+    """What a test asks of a pass: rows, those that live routing changes, wrong ones, and how far figures are off."""
+    changed = (as_sets(got["live"]) != as_sets(record)).any(-1)
+    return {
+        "rows": changed.numel(),
+        "live": int(changed.sum()),
+        "wrong": int((as_sets(got["executed"]) != as_sets(record)).any(-1).sum()),
+        "logits": (got["logits"] - logits).abs().max().item(),
+        "gradient": ((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()).item(),
     }
 
 
 def main(folder: Path, gating: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    ids = (torch.arange(48).reshape(4, 12) * 7 + 3) % 100 + 10
+    ids = told_ids()
     single = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     with RouterReplay(single) as replay:
         record = foreign_record(replay, *ids.shape)
@@ -72,16 +96,9 @@ def main(folder: Path, gating: str) -> None:
         parts = sizes.get("fsdp_size", 1)
         own = slice(None) if parts == 1 else slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
         got = replayed(model, ids[own], record[own], gating)
-        changed = (as_sets(got["live"]) != as_sets(record[own])).any(-1)
-        report[kind] = {
-            "rows": changed.numel(),
-            "live": int(changed.sum()),
-            "wrong": int((as_sets(got["executed"]) != as_sets(record[own])).any(-1).sum()),
-            "logits": (got["logits"] - expected["logits"][own]).abs().max().item(),
-            "gradient": (
-                (got["gradient"] - expected["gradient"]).abs().max() / expected["gradient"].abs().max()
-            ).item(),
-        }
+        report[kind] = compared(
+            got, record[own], expected["logits"][own], whole(router(model).grad), router(single).grad
+        )
     (folder / f"attached-{gating}-rank{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

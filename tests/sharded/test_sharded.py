@@ -194,31 +194,30 @@ def test_a_dense_model_is_refused_whose_weights_are_sharded_at_once(folder):
     assert text.startswith("process 0: Qwen3ForCausalLM is a dense model")
 
 
+def attached(folder: Path, script: str, gating: str, name: str) -> list[dict]:
+    """What each rank reports of a script that attaches to sharded models."""
+    run(["torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / script, folder, gating], folder)
+    return [json.loads((folder / f"{name}-{gating}-rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_right(seen: dict) -> None:
+    assert seen["live"] > 0.9 * seen["rows"] > 0, seen  # routes of nobody
+    assert seen["wrong"] == 0, seen
+    assert max(seen["logits"], seen["gradient"]) < 1e-5, seen
+
+
 @pytest.mark.parametrize("gating", ["intercept", "op"])
 def test_models_that_are_sharded_already(folder, gating):
     """By Transformers: tensors, experts, weights, and experts over weights."""
-    run(
-        ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "attach_sharded.py", folder, gating],
-        folder,
-    )
-    for rank in range(2):
-        report = json.loads((folder / f"attached-{gating}-rank{rank}.json").read_text())
+    for report in attached(folder, "attach_sharded.py", gating, "attached"):
         assert set(report) == {"tp", "ep and tp", "fsdp", "ep over fsdp"}
-        for kind, seen in report.items():
-            assert seen["live"] > 0.9 * seen["rows"] > 0, kind  # routes of nobody
-            assert seen["wrong"] == 0, kind
-            assert max(seen["logits"], seen["gradient"]) < 1e-5, (kind, seen)
+        for seen in report.values():
+            assert_right(seen)
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("gating", ["intercept", "op"])
 def test_routers_that_zero3_has_partitioned(folder, gating):
-    run(
-        ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / "attach_zero3.py", folder, gating],
-        folder,
-    )
-    for rank in range(2):
-        seen = json.loads((folder / f"zero3-{gating}-rank{rank}.json").read_text())
+    for seen in attached(folder, "attach_zero3.py", gating, "zero3"):
         assert seen["elements"] == 0, "the router is not partitioned"
-        assert seen["live"] > 0.9 * seen["rows"] > 0 == seen["wrong"]
-        assert max(seen["logits"], seen["gradient"]) < 1e-5, seen
+        assert_right(seen)
