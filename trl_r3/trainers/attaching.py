@@ -8,7 +8,7 @@ from ..routers.router_replay import RouterReplay
 from .alarm import Alarm
 from .log import ReplayLogMixin
 from .rollout import Rollout
-from .together import raise_together
+from .together import make_together
 from .tracing import Tracer
 
 
@@ -24,14 +24,13 @@ class AttachingMixin(ReplayLogMixin):
     def _attach(self, only_with_weights: bool = False) -> None:
         self._detach()
         model = self.accelerator.unwrap_model(self.model)
-        error = None
-        try:
+
+        def attach() -> None:
             refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
                 self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
-        except (RuntimeError, ValueError) as refusal:
-            error = refusal
-        raise_together(self.accelerator, error)
+
+        make_together(self.accelerator, attach)
 
     def _detach(self) -> None:
         if self._attached_replay is not None:

@@ -168,6 +168,18 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
             f"`routing_replay_compare_every` is {args.routing_replay_compare_every}, but it counts steps. Set "
             f"`routing_replay_compare_every=0` to never compare."
         )
+    _check_folders(args)
+    if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
+        raise ValueError(
+            "`routing_replay_mode='R2'` replays what the old-policy forward recorded, but TRL skips that forward "
+            f"with `gradient_accumulation_steps={args.gradient_accumulation_steps}`, "
+            f"`steps_per_generation={args.steps_per_generation}` and `num_iterations={args.num_iterations}`: all "
+            "updates of a batch fall into one optimizer step. Set `num_iterations` or `steps_per_generation` higher "
+            "so that one rollout serves several optimizer steps, or `routing_replay_mode='R3'`."
+        )
+
+
+def _check_folders(args: Any) -> None:
     every = args.routing_replay_trace_every
     if every < 1 or every != int(every):
         raise ValueError(
@@ -184,14 +196,6 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
         raise ValueError(
             f"`routing_replay_spill_dir` is {spill_dir!r}, which is no folder that can be written to. Set "
             "`routing_replay_spill_dir` to one with room for the records, or to `None` to keep them in memory."
-        )
-    if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
-        raise ValueError(
-            "`routing_replay_mode='R2'` replays what the old-policy forward recorded, but TRL skips that forward "
-            f"with `gradient_accumulation_steps={args.gradient_accumulation_steps}`, "
-            f"`steps_per_generation={args.steps_per_generation}` and `num_iterations={args.num_iterations}`: all "
-            "updates of a batch fall into one optimizer step. Set `num_iterations` or `steps_per_generation` higher "
-            "so that one rollout serves several optimizer steps, or `routing_replay_mode='R3'`."
         )
 
 

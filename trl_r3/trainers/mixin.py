@@ -23,9 +23,9 @@ from ..records.storage import slice_samples
 from .construction import check_parent, check_setup
 from .guarded_steps import GuardedStepsMixin
 from .log import ReplayLogMixin
-from .rollout import Rollout, Scoring
+from .rollout import Rollout, Scoring, tokens_of_turn
 from .sampling_masks import SamplingMaskMixin
-from .together import raise_together
+from .together import make_together, raise_together
 
 
 class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
@@ -88,11 +88,8 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
             )
         with capture(self, self.routing_replay, self._known_routes) as make_turn:
             generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
-        # the tool loop goes on to edit these lists
-        prompts, completions = [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]
         try:
-            self._turns.append(make_turn(prompts, completions))
+            self._turns.append(make_turn(*tokens_of_turn(prompt_ids, generated)))
         except (RuntimeError, ValueError) as error:
             # other processes go on to meet this one where TRL gathers lengths: raised when that is over
             self._rollout_error = self._rollout_error or error
@@ -127,16 +124,12 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
             routes = None if fields is None else fields.pop("routed_experts", None)  # no business of reward functions
             if not self._replays_now:
                 return output
-            record, error = None, self._rollout_error
-            if error is None:
-                try:
-                    record = self._join(fields, routes, output[0], output[1])
-                except (RuntimeError, ValueError) as refusal:
-                    error = refusal
-            raise_together(self.accelerator, error)
+            record = make_together(
+                self.accelerator, lambda: self._join(fields, routes, output[0], output[1]), self._rollout_error
+            )
         finally:
             self._turns, self._rollout_error, self._known_routes = [], None, KnownRoutes()
-        assert self._scoring is not None and record is not None
+        assert self._scoring is not None
         self._rollout = Rollout.after(self._rollout, record, output[0], output[1], step=self.state.global_step)
         del record  # what is put into files does not stay in memory
         self._spill()

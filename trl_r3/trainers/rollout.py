@@ -148,3 +148,9 @@ class Scoring:
     def has_old_policy(self) -> bool:
         """Whether TRL has scored the old policy for the batch of this update."""
         return self.inputs is not None and not self.inputs.keys().isdisjoint(("old_per_token_logps", "old_logps"))
+
+
+def tokens_of_turn(prompt_ids: list[list[int]], generated: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and completions of what `_generate_single_turn` returned, copied: the tool loop goes on to edit them."""
+    completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
+    return [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]

@@ -21,8 +21,8 @@ from ..records.masked_batch import MaskedBatch
 from .construction import check_mask_setup
 from .log import ReplayLogMixin
 from .restricted_head import restricted_head
-from .rollout import Rollout, Scoring
-from .together import raise_together
+from .rollout import Rollout, Scoring, tokens_of_turn
+from .together import make_together
 
 
 class SamplingMaskMixin(ReplayLogMixin):
@@ -76,11 +76,8 @@ class SamplingMaskMixin(ReplayLogMixin):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with capture_masks(self) as make_turn:
             generated = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
-        # the tool loop goes on to edit these lists
-        prompts, completions = [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]
         try:
-            self._mask_turns.append(make_turn(prompts, completions))
+            self._mask_turns.append(make_turn(*tokens_of_turn(prompt_ids, generated)))
         except (RuntimeError, ValueError) as error:
             self._mask_error = self._mask_error or error  # raised when all processes have gathered lengths
         return generated
@@ -99,18 +96,14 @@ class SamplingMaskMixin(ReplayLogMixin):
             masks = None if fields is None else fields.pop("sampling_masks", None)  # no business of reward functions
             if not self._masks_now:
                 return output
-            record, error = None, self._mask_error
-            if error is None:
-                try:
-                    record = self._join_masks(fields, masks, output[0], output[1])
-                except (RuntimeError, ValueError) as refusal:
-                    error = refusal
-            raise_together(self.accelerator, error)
+            record = make_together(
+                self.accelerator, lambda: self._join_masks(fields, masks, output[0], output[1]), self._mask_error
+            )
         finally:
             self._mask_turns, self._mask_error = [], None
-        assert self._masked is not None and record is not None
-        after = 0 if self._mask_rollout is None else self._mask_rollout.first + len(self._mask_rollout.samples)
-        self._mask_rollout = Rollout.of(record, output[0], output[1], first=after, step=self.state.global_step)
+        assert self._masked is not None
+        step = self.state.global_step
+        self._mask_rollout = Rollout.after(self._mask_rollout, record, output[0], output[1], step=step)
         self._masked.samples = self._mask_rollout.samples
         return output
 

@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
+
+Made = TypeVar("Made")
+
+
+def make_together(accelerator: Any, make: Callable[[], Made], error: Exception | None = None) -> Made:
+    """
+    Make something on all processes, or raise on all what any of them has to raise.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            That of the trainer.
+        make (`Callable`):
+            Returns what is made. Its `RuntimeError` or `ValueError` is raised on all processes.
+        error (`Exception`, *optional*):
+            What this process has to raise already; nothing is made then.
+
+    Returns:
+        What `make` returned.
+
+    Raises:
+        `Exception`: As [`raise_together`].
+    """
+    made: Any = None
+    if error is None:
+        try:
+            made = make()
+        except (RuntimeError, ValueError) as refusal:
+            error = refusal
+    raise_together(accelerator, error)
+    return made
 
 
 def raise_together(accelerator: Any, error: Exception | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._compat import set_checkpointing
 from ...engines.generate import generate_with_routes
 from ...records.storage import unpack
 from ...routers.router_replay import RouterReplay
@@ -85,7 +86,7 @@ def own_record(settings: BenchSettings) -> list[Finding]:
         for name, checkpointing in CHECKPOINTING.items():
             model = small_model().to(dtype).train()
             if checkpointing is not None:
-                enable_checkpointing(model, checkpointing)
+                set_checkpointing(model, checkpointing)
             ids = random_ids(model, 4, 32)
             with RouterReplay(model) as replay:
                 with warnings.catch_warnings():
@@ -97,12 +98,6 @@ def own_record(settings: BenchSettings) -> list[Finding]:
             label = f"own record replayed, {str(dtype)[6:]}, {name}: differing elements"
             findings.append(Finding(label, differing, 0))
     return findings
-
-
-def enable_checkpointing(model: Any, checkpointing: dict[str, bool]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the older Transformers know no other name
-        model.gradient_checkpointing_enable(checkpointing)
 
 
 def _forward_backward(model: Any, ids: Tensor, context: Any) -> list[Tensor]:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._compat import swapped
+from ..._compat import set_checkpointing, swapped
 from ...gating import native_kernels
 from ...routers.router_replay import RouterReplay
-from .fidelity import enable_checkpointing
 from .setup import BenchSettings, Finding, large_model, random_ids, record_of
 
 _TARGETS = {"intercept": 0.04, "op": 0.025}
@@ -36,7 +35,7 @@ def launches(settings: BenchSettings) -> list[Finding]:
             step = _medians({k: _step(model, ids, each) for k, each in contexts.items()}, settings.launch_rounds)
             forwards = {"live": _forward(model, ids, nullcontext), "capture": _forward(model, ids, replay.record)}
             forward = _medians(forwards, settings.launch_rounds)
-            enable_checkpointing(model, {"use_reentrant": False})
+            set_checkpointing(model, {"use_reentrant": False})
             back = _medians({k: _step(model, ids, each, True) for k, each in contexts.items()}, settings.launch_rounds)
             contexts = {"live": nullcontext, "steady": partial(swapped, replay, "steady_recompute", True)}
             whole = _medians({k: _step(model, ids, each) for k, each in contexts.items()}, settings.launch_rounds)
