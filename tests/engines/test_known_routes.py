@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from engines.fake_vllm import completion_of, fake_vllm, routes_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trl_r3 import RoutingLayout, stitch
 from trl_r3.engines.capture import capture
@@ -162,3 +164,29 @@ def test_servers(monkeypatch, leaves_out):
     assert len(starts) == 20
     assert starts.count(0) == 2
     assert all(body["seed"] == 3 for body in fake.requests if "prompt" in body)
+
+
+# few tokens, so that beginnings are shared, some of which differ in a later byte of a token only
+TOKENS = st.sampled_from([0, 1, 255, 256, 257, 65536])
+CONVERSATIONS = st.lists(st.lists(TOKENS, min_size=2, max_size=8), max_size=12)
+
+
+def known(conversations):
+    routes = KnownRoutes()
+    for tokens in conversations:
+        routes.complete(tokens[:1], tokens[1:], np.zeros((len(tokens) - 1, 1, 1), np.uint8))
+    routes.end_turn()
+    return routes
+
+
+@given(CONVERSATIONS, st.lists(TOKENS, min_size=1, max_size=12))
+def test_the_longest_beginning_is_found(conversations, prompt):
+    begun = [len(each) - 1 for each in conversations if prompt[: len(each)] == each]
+    assert known(conversations).start(prompt) == max(begun, default=0)
+
+
+def test_a_conversation_behind_others_that_only_begin_alike_is_found():
+    routes = known([[5, 6], [5, 6, 7, 1], [5, 6, 7, 2], [5, 6, 7, 3, 0]])
+    assert routes.start([5, 6, 7, 3, 1]) == 1
+    assert routes.start([5, 6, 7, 2, 9]) == 3
+    assert routes.start([6, 5]) == 0

@@ -5,6 +5,7 @@ Legend: P prompt tokens, C completion tokens, D decoder layers, K experts per to
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ class KnownRoutes:
 
     def __init__(self) -> None:
         self._rows: dict[bytes, np.ndarray] = {}  # by tokens of prompt and completion
+        self._sorted: list[bytes] = []  # their keys
         self._new: dict[bytes, np.ndarray] = {}
         self._continued: set[bytes] = set()
 
@@ -58,10 +60,25 @@ class KnownRoutes:
             del self._rows[tokens]
         self._rows.update(self._new)
         self._new, self._continued = {}, set()
+        self._sorted = sorted(self._rows)
 
     def _before(self, prompt: Sequence[int]) -> bytes | None:
-        tokens = _as_bytes(prompt)
-        return max((each for each in self._rows if tokens.startswith(each)), key=len, default=None)
+        """The longest conversation that a prompt goes on from."""
+        tokens = bound = _as_bytes(prompt)
+        # Of thousands of conversations few are compared: one that the prompt begins with sorts before it, and what
+        # sorts between the two begins with it, too.
+        while place := bisect_right(self._sorted, bound):
+            nearest = self._sorted[place - 1]
+            if tokens.startswith(nearest):
+                return nearest
+            bound = _shared_beginning(tokens, nearest)
+        return None
+
+
+def _shared_beginning(one: bytes, other: bytes) -> bytes:
+    length = min(len(one), len(other))
+    differs = np.frombuffer(one, np.uint8, length) != np.frombuffer(other, np.uint8, length)
+    return one[: int(differs.argmax())] if differs.any() else one[:length]
 
 
 def _as_bytes(ids: Sequence[int]) -> bytes:
