@@ -6,6 +6,7 @@ test_families.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,11 @@ def examine(model_type: str) -> Family:
         return Family(model_type, name, None, str(error))
     router = repr(replay).removeprefix("RouterReplay(").partition(",")[0]
     return Family(model_type, name, router, None)
+
+
+def listed_types() -> list[str]:
+    """The model types of the page as it is, which is that of one Transformers."""
+    return re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="ascii"), re.MULTILINE)
 
 
 def render() -> str:

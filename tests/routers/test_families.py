@@ -11,7 +11,7 @@ import transformers
 from model_zoo import MOE_MODEL_TYPES, build_tiny
 from oracles import CHECKPOINTING, as_sets, differing, experts_of, foreign_record, gradients, use_checkpointing
 from packaging.version import Version
-from supported_models import MODEL_TYPES, PAGE, examine, render
+from supported_models import MODEL_TYPES, PAGE, examine, listed_types, render
 from transformers import CONFIG_MAPPING
 
 from trl_r3 import RouterReplay, UnsupportedRouterError, enable_routing_replay
@@ -26,7 +26,7 @@ REFUSED = {
 }
 PAGE_TEXT = PAGE.read_text(encoding="ascii")
 (PAGE_VERSION,) = re.findall(r"of Transformers (\S+) that", PAGE_TEXT)
-ON_PAGE = re.findall(r"^\| `(\w+)` \|", PAGE_TEXT, re.MULTILINE)
+ON_PAGE = listed_types()
 # Types that a Transformers older than the page may have in another form, or in one that raises by itself
 CHANGED = {"aria", "aria_text", "diffusion_gemma", "doge", "glm5_next", "qwen4_exp", "qwen4_exp_text"}
 IS_OLDER = Version(transformers.__version__) < Version(PAGE_VERSION)

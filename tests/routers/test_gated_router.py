@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_zoo import MOE_MODEL_TYPES, build_tiny
+from supported_models import listed_types
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
 from trl_r3.routers.gated import GatedRouter, GateFormula
@@ -38,6 +39,11 @@ def replayed(model, gating: str, routes: torch.Tensor) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("model_type", COVERED)
 def test_the_op_equals_interception(model_type):
     model = build_tiny(model_type)
+    if model_type not in listed_types():
+        try:
+            RouterReplay(model, "op").remove()
+        except UnsupportedRouterError as error:
+            pytest.skip(f"{model_type} came with a later Transformers than the page of types, and is refused: {error}")
     replay = RouterReplay(model)
     with torch.no_grad(), replay.record() as recorded:
         live = model(batch()).logits
