@@ -42,6 +42,7 @@ def main(url: str, folder: Path) -> None:
         "tokens": [list(tokens) for tokens, _ in samples],
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
+    trainer.accelerator.end_training()  # or the interpreter may abort while a thread of the group still runs
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def run(mode):
 
 for mode in ("R3", "R2"):
     run(mode)
+torch.distributed.destroy_process_group()  # or the interpreter may abort while a thread of the group still runs
 """
 
 
