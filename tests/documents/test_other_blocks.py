@@ -98,7 +98,11 @@ def check_command(words: list[str], page: str) -> None:
         args = launch_command_parser().parse_args(rest[1:])
         if args.config_file is not None:
             check_file(args.config_file, page)
-        check_script([args.training_script, *args.training_script_args], page)
+        if args.module:
+            assert args.training_script == "trl_r3.cli"
+            build_parser().parse_args(args.training_script_args)
+        else:
+            check_script([args.training_script, *args.training_script_args], page)
     elif program.endswith("python") and rest[:1] == ["-m"]:
         if rest[1] == "pytest":
             check_command(rest[1:], page)

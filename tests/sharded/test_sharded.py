@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from engines.tiny_chat import tiny_qwen3_moe
 from safetensors.torch import load_file
+from sharded.launching import CONFIGS, HERE, accelerate_launch, needs_deepspeed, start
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import trl_r3
-
-ROOT = Path(trl_r3.__file__).parents[1]
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
-HERE = Path(__file__).parent
 STEPS = 4
-
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed is not installed: `pip install deepspeed` builds it, with PyTorch and a compiler at hand",
-)
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +28,15 @@ def folder(tmp_path_factory):
 
 
 def run(command: list, folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = start(command, folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stderr
 
 
 def launch(folder: Path, config: str, name: str, *options: str, processes: int = 2) -> list[dict]:
     """What each rank reports of a run."""
-    run(
-        ["accelerate.commands.accelerate_cli", "launch", "--config_file", CONFIGS / f"{config}.yaml"]
-        + ["--num_processes", processes, "--mixed_precision", "no", "--main_process_port", 0]
-        + [HERE / "train_sharded.py", folder, "--name", name, "--batch", 8 // processes, *options],
-        folder,
-    )
+    script = [HERE / "train_sharded.py", folder, "--name", name, "--batch", 8 // processes, *options]
+    run(accelerate_launch(["--config_file", CONFIGS / f"{config}.yaml"], script, processes), folder)
     return [json.loads((folder / f"{name}-rank{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -148,7 +148,7 @@ def _verify(args: argparse.Namespace) -> int:
         from .verify import trace
 
         return trace.main(args.model, args.trace, args.device, args.json)
-    return verify.main(args.model, args.engine, args.url, args.dtype, args.device or "cpu", args.json)
+    return verify.main(args.model, args.engine, args.url, args.dtype, args.device, args.json)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,23 @@ class LoadedModel:
             In evaluation mode.
         origin (`str`):
             Which weights it has.
+        forward (`Callable`, *optional*):
+            What training calls instead, where it has wrapped the model.
+        sharding (`str`, *optional*):
+            What has sharded the weights.
     """
 
     model: Any
     origin: str
+    forward: Callable | None = None
+    sharding: str | None = None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """One forward, as in training."""
+        return (self.forward or self.model)(**kwargs)
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "cpu", *, downloads: bool = True) -> LoadedModel:
+def load_model(name: str, dtype: str = "auto", device: str | None = "cpu", *, downloads: bool = True) -> LoadedModel:
     """
     Load a causal LM by its id or folder, one behind a vision tower included, or an adapter on top of its base.
 
@@ -39,7 +50,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu", *, downloads
         dtype (`str`, *optional*, defaults to `"auto"`):
             `"auto"`, or the name of a torch dtype.
         device (`str`, *optional*, defaults to `"cpu"`):
-            Device to load it on.
+            Device to load it on; `None` leaves it where the loader puts it.
         downloads (`bool`, *optional*, defaults to `True`):
             Whether weights that are not on this machine are downloaded.
 
@@ -50,7 +61,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu", *, downloads
         [`BadInput`]: If there is no such model, dtype or device, or if it is dense.
         `OSError`: If `downloads` is off and the weights are not on this machine.
     """
-    torch_dtype, place = dtype_of(dtype), device_of(device)
+    torch_dtype, place = dtype_of(dtype), None if device is None else device_of(device)
     base = adapter_base(name)
     try:
         model = _from_pretrained(base or name, torch_dtype, downloads)
@@ -58,7 +69,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu", *, downloads
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name)
-        model = model.to(place).eval()
+        model = (model if place is None else model.to(place)).eval()
     except BadInput:
         raise
     except OSError as error:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ...records.evidence import RoutingEvidence
+from ...routers.probe import input_device
 from ...routers.router_replay import RouterReplay
 from ...routers.self_check import UnsupportedRouterError
 from ..bad_input import BadInput
-from ..models import LoadedModel, load_model
+from ..models import LoadedModel
 from . import findings
 from .engines import continuous_rollout, server_rollout, transformers_rollout, vllm_rollout
 from .findings import Finding
+from .launch import Launch
 from .logprobs import candidates, logprobs_finding
 from .report import Layer, Report, print_report
 from .rollout import Sampling, VerifiedRollout, generated_prompts
@@ -28,9 +30,10 @@ from .rows import check_rollout_rows
 from .training import CHECKPOINTING, Batch, replayed_gradients, score, score_replayed
 
 ENGINES = ("transformers", "continuous", "vllm", "server")
+_OF_ONE_PROCESS = ("continuous", "vllm")
 
 
-def main(name: str, engine: str, url: str | None, dtype: str, device: str, as_json: bool) -> int:
+def main(name: str, engine: str, url: str | None, dtype: str, device: str | None, as_json: bool) -> int:
     """
     Verify a model with an engine, and print what was found.
 
@@ -43,8 +46,8 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str, as_js
             Of the server, with `engine="server"`.
         dtype (`str`):
             `"auto"`, or the name of a torch dtype, of the training forward.
-        device (`str`):
-            Device of the training forward.
+        device (`str`, *optional*):
+            Device of the training forward: the CPU by default, that of each process in a launch of several.
         as_json (`bool`):
             Whether to print JSON instead of a table.
 
@@ -57,7 +60,13 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str, as_js
     if (engine == "server") != (url is not None):
         raise BadInput("`--engine server` and `--url URL` belong together. Pass both, or neither.")
     with redirect_stdout(sys.stderr):  # engines talk; JSON stays alone
-        loaded = load_model(name, dtype, device)
+        launch = Launch.of_this_process()
+        if launch.accelerator is not None and engine in _OF_ONE_PROCESS:
+            raise BadInput(
+                f"`--engine {engine}` runs in one process, this launch has {launch.accelerator.num_processes}. Pass "
+                "`--engine transformers`, or serve the model and pass `--engine server`."
+            )
+        loaded = launch.load(name, dtype, device)
         try:
             replay = RouterReplay(loaded.model)
         except UnsupportedRouterError as error:
@@ -65,11 +74,14 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str, as_js
             return 1
         try:
             with replay:
-                rollout = sample(loaded, name, replay, engine, url)
-                report = verify(loaded, replay, rollout)
+                rollout = sample(loaded, name, replay, engine, url, launch.process)
+                report = launch.report_of_all(verify(loaded, replay, rollout))
         except RuntimeError as error:  # what an engine or replay refuses to go on with
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 1
+    launch.end()
+    if launch.process > 0:
+        return 0 if report.passed else 1  # the first one prints
     if as_json:
         print(json.dumps(report.as_dict(), indent=1))
     else:
@@ -77,10 +89,12 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str, as_js
     return 0 if report.passed else 1
 
 
-def sample(loaded: LoadedModel, name: str, replay: RouterReplay, engine: str, url: str | None) -> VerifiedRollout:
+def sample(
+    loaded: LoadedModel, name: str, replay: RouterReplay, engine: str, url: str | None, seed: int = 0
+) -> VerifiedRollout:
     """A few prompts through an engine."""
-    sampling = Sampling(generated_prompts(loaded.model))
-    torch.manual_seed(0)
+    sampling = Sampling(generated_prompts(loaded.model, seed))
+    torch.manual_seed(seed)
     if engine == "server":
         assert url is not None  # main() has refused that
         return server_rollout(url, sampling)
@@ -108,17 +122,17 @@ def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) 
     """
     model = loaded.model
     rows = check_rollout_rows(rollout, replay.layout)
-    batch = Batch.of(rollout, rows.records, model.get_input_embeddings().weight.device)
+    batch = Batch.of(rollout, rows.records, input_device(model) or torch.device("cpu"))
     record = batch.record(replay)
     sampled = _padded(rollout.logprobs, batch.completion_mask)
     temperatures = candidates(rollout.temperature)
-    live = score(model, batch, temperatures)
-    replayed = score_replayed(model, replay, batch, temperatures)
+    live = score(loaded, batch, temperatures)
+    replayed = score_replayed(loaded, replay, batch, temperatures)
     evidence = RoutingEvidence(replay.layout)
     for observation in replayed.observations:
         evidence.add(observation)
     statistics = evidence.statistics() if evidence.rows else None
-    gradients = {kind: replayed_gradients(model, replay, batch, kind) for kind in CHECKPOINTING}
+    gradients = {kind: replayed_gradients(loaded, replay, batch, kind) for kind in CHECKPOINTING}
     found = [
         findings.rows_finding(rows, rollout),
         findings.executed_finding(replayed.executed, record, replay),

@@ -20,6 +20,7 @@ from ...engines.generate import generate_with_routes
 from ...engines.payloads import decode_vllm_output
 from ...engines.vllm_versions import check_vllm_version, vllm_engine_kwargs
 from ...records.storage import slice_samples, unpack
+from ...routers.probe import input_device
 from ...routers.router_replay import RouterReplay
 from ..bad_input import BadInput, first_line
 from .rollout import PROCESSED, Sampling, VerifiedRollout
@@ -30,7 +31,7 @@ _CACHE_BLOCKS = 64
 
 def transformers_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -> VerifiedRollout:
     """By `generate()`, with the routes of its routers."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model) or torch.device("cpu")
     width = max(map(len, sampling.prompt_ids))
     ids = torch.zeros(len(sampling.prompt_ids), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)

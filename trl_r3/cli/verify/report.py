@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -51,6 +51,12 @@ class Report:
             The rows of the table.
         layers (list of [`Layer`]):
             By ascending decoder layer.
+        process, num_processes (`int`, *optional*, defaults to 0 and 1):
+            Whose findings these are, of how many processes.
+        failed (list of `int`, *optional*):
+            Processes in which something is wrong, of several.
+        sharding (`str`, *optional*):
+            What shards the weights.
     """
 
     origin: str
@@ -59,6 +65,10 @@ class Report:
     temperature: float
     findings: list[Finding]
     layers: list[Layer]
+    process: int = 0
+    num_processes: int = 1
+    failed: list[int] = field(default_factory=list)
+    sharding: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -75,6 +85,10 @@ class Report:
             "rollout": self.source,
             "temperature": self.temperature,
             "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+            "process": self.process,
+            "num_processes": self.num_processes,
+            "failed_processes": self.failed,
+            "sharding": self.sharding,
             "findings": [asdict(finding) for finding in self.findings],
             "layers": layers,
         }
@@ -85,6 +99,9 @@ def print_report(report: Report) -> None:
     console = Console(soft_wrap=True)
     console.print(f"{report.architecture}, {report.origin}", markup=False)
     console.print(f"rollout by {report.source}, temperature {report.temperature:g}", markup=False)
+    if report.num_processes > 1:
+        weights = "whole in each" if report.sharding is None else f"sharded by {report.sharding}"
+        console.print(f"rank {report.process} of {report.num_processes} processes, weights {weights}", markup=False)
     table = Table("", "", "seen")
     for finding in report.findings:
         table.add_row(finding.what, f"[{_STYLES[finding.status]}]{finding.status}[/]", finding.seen)
@@ -98,7 +115,12 @@ def print_report(report: Report) -> None:
         if finding.status == "wrong":
             console.print(f"{finding.what}: {finding.cause}.", style="bold red", markup=False)
             console.print(f"  What to do: {finding.remedy}.", markup=False)
-    console.print("Every row that could be judged is right." if report.passed else "Something is wrong, see above.")
+    where = f" in all {report.num_processes} processes" if report.num_processes > 1 else ""
+    if report.passed:
+        console.print(f"Every row that could be judged is right{where}.")
+    else:
+        where = f" on rank {', '.join(map(str, report.failed))}" if report.failed else ""
+        console.print(f"Something is wrong{where}, see above.")
 
 
 def _number(value: Any) -> Any:

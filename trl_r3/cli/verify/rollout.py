@@ -88,15 +88,15 @@ class Sampling:
         return max(map(len, self.prompt_ids)) + self.new_tokens
 
 
-def generated_prompts(model: Any) -> list[list[int]]:
+def generated_prompts(model: Any, seed: int = 0) -> list[list[int]]:
     """
     Prompts of different lengths that begin alike, of token ids that any vocabulary has; no tokenizer is needed.
 
     Special tokens stand at the beginning or at the end of a vocabulary, so none of these is one.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    size = model.config.get_text_config().vocab_size  # a weight that is sharded has another shape
     low, high = max(1, size // 8), max(3, size // 2)
-    draws = torch.Generator().manual_seed(0)
+    draws = torch.Generator().manual_seed(seed)
     shared = torch.randint(low, high, (_SHARED,), generator=draws).tolist()
     own = torch.randint(low, high, (_PROMPTS, _LONGEST), generator=draws).tolist()
     return [shared + tail[: 1 + i % _LONGEST] for i, tail in enumerate(own)]

@@ -18,6 +18,7 @@ from ...records.evidence import Observation
 from ...records.samples import Sample, ScoredBatch
 from ...records.storage import unpack
 from ...routers.router_replay import RouterReplay
+from ..models import LoadedModel
 from .executed import Executed, watch_experts
 from .rollout import VerifiedRollout
 
@@ -66,13 +67,13 @@ class Batch:
 
 
 @torch.no_grad()
-def score(model: Any, batch: Batch, temperatures: Sequence[float]) -> dict[float, Tensor]:
+def score(policy: LoadedModel, batch: Batch, temperatures: Sequence[float]) -> dict[float, Tensor]:
     """
     Score the sampled tokens as TRL does: logits over the temperature, the whole vocabulary.
 
     Args:
-        model (`torch.nn.Module`):
-            The policy.
+        policy ([`~trl_r3.cli.models.LoadedModel`]):
+            What scores.
         batch ([`Batch`]):
             The rollout.
         temperatures (sequence of `float`):
@@ -81,7 +82,7 @@ def score(model: Any, batch: Batch, temperatures: Sequence[float]) -> dict[float
     Returns:
         `dict[float, torch.Tensor]` of shape `(B, C)` each: By temperature.
     """
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
+    logits = policy(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
     logits = logits[:, batch.prompt_width - 1 : -1].float()
     sampled = batch.input_ids[:, batch.prompt_width :, None]
     return {each: (logits / each).log_softmax(-1).gather(-1, sampled)[..., 0].cpu() for each in temperatures}
@@ -98,11 +99,13 @@ class ReplayedScores:
     compared: int  # pairs
 
 
-def score_replayed(model: Any, replay: RouterReplay, batch: Batch, temperatures: Sequence[float]) -> ReplayedScores:
+def score_replayed(
+    policy: LoadedModel, replay: RouterReplay, batch: Batch, temperatures: Sequence[float]
+) -> ReplayedScores:
     """As [`score`], through the recorded experts."""
     source = batch.source(replay, observes=True)
-    with watch_experts(model, replay) as executed, replay.replay_from(source) as stats:
-        scores = score(model, batch, temperatures)
+    with watch_experts(policy.model, replay) as executed, replay.replay_from(source) as stats:
+        scores = score(policy, batch, temperatures)
     layers = len(replay.moe_layers)
     return ReplayedScores(
         scores, source.observations, executed, int(stats.changed_routers), int(stats.compared_tokens) * layers
@@ -116,7 +119,7 @@ class Gradients:
 
     Args:
         values (`dict[str, torch.Tensor]`):
-            Of routers and input embedding, by name.
+            Of routers and input embedding, by name; of what the embedding returns, where the weights are sharded.
         executed ([`Executed`]):
             By the forward and by the recompute.
         error (`str`, *optional*):
@@ -128,20 +131,25 @@ class Gradients:
     error: str | None = None
 
 
-def replayed_gradients(model: Any, replay: RouterReplay, batch: Batch, kind: str) -> Gradients:
+def replayed_gradients(policy: LoadedModel, replay: RouterReplay, batch: Batch, kind: str) -> Gradients:
     """
     Backward through the recorded experts.
 
     Only routers and input embedding get a gradient, which goes through every layer: so it fits beside the largest
-    model.
+    model. With sharded weights it is what the embedding returns: no process holds it in parts.
     """
-    wanted = _routers_and_embedding(model, replay)
+    model = policy.model
+    wanted = {} if policy.sharding else _routers_and_embedding(model, replay)
     device = batch.input_ids.device
-    with _training(model, wanted, kind), torch.random.fork_rng([device] if device.type != "cpu" else []):
+    with (
+        _training(model, wanted, kind),
+        _gradients_of_inputs(model, policy.sharding is not None) as inputs,
+        torch.random.fork_rng([device] if device.type != "cpu" else []),
+    ):
         torch.manual_seed(0)  # of dropout, which has to be the same in each run
         with watch_experts(model, replay) as executed:
             with replay.replay_from(batch.source(replay)):
-                logits = model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
+                logits = policy(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits
             logits = logits[:, batch.prompt_width - 1 : -1].float()
             picked = logits.log_softmax(-1).gather(-1, batch.input_ids[:, batch.prompt_width :, None])[..., 0]
             try:
@@ -149,7 +157,25 @@ def replayed_gradients(model: Any, replay: RouterReplay, batch: Batch, kind: str
             except RuntimeError as error:  # a recompute that is not what its forward was
                 return Gradients({}, executed, str(error).splitlines()[0])
         values = {name: p.grad.detach().clone() for name, p in wanted.items() if p.grad is not None}
+        values |= {f"input {i}": x.grad.detach().clone() for i, x in enumerate(inputs) if x.grad is not None}
     return Gradients(values, executed)
+
+
+@contextmanager
+def _gradients_of_inputs(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
+    """What the input embedding returns: if wanted, it gets a gradient although no weight does."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        output.requires_grad_().retain_grad()
+        embedded.append(output)
+
+    handles = [model.get_input_embeddings().register_forward_hook(keep)] if wanted else []
+    try:
+        yield embedded
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _routers_and_embedding(model: Any, replay: RouterReplay) -> dict[str, nn.Parameter]:
