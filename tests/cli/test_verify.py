@@ -240,6 +240,21 @@ def test_ids_that_skip_the_experts():
     assert "executed ids" not in wrong(report_of(LoadedModel(model, "zaya"), rollout))
 
 
+@pytest.mark.parametrize("name", ["deepseek_v4", "minimax_m3_vl_text"])
+def test_a_forward_that_depends_on_padding(name):
+    """Both compress blocks of tokens, counted from the padding; without it they score what they sampled."""
+    model = build_tiny(name)
+    loaded = LoadedModel(model, name)
+    ((what, text),) = wrong(report_of(loaded, rollout_of(model))).items()
+    assert what == "mismatch, replayed"
+    assert "depends on padding" in text and "prompts of one length" in text
+    torch.manual_seed(0)
+    with RouterReplay(model) as replay:
+        prompts = [prompt[:17] for prompt in generated_prompts(model)]
+        report = verify(loaded, replay, transformers_rollout(model, replay, Sampling(prompts)))
+    assert "mismatch, replayed" not in wrong(report) and k3(report, "replayed") < 1e-8
+
+
 def test_a_recompute_that_goes_live(loaded, engine, monkeypatch):
     """As where the record is gone before backward: an error, or other rows."""
     monkeypatch.setattr(router_replay, "bound_checkpoints", lambda *args: nullcontext())

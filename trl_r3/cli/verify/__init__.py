@@ -27,7 +27,7 @@ from .logprobs import candidates, logprobs_finding
 from .report import Layer, Report, print_report
 from .rollout import Sampling, VerifiedRollout, generated_prompts
 from .rows import check_rollout_rows
-from .training import CHECKPOINTING, Batch, replayed_gradients, score, score_replayed
+from .training import CHECKPOINTING, Batch, padding_k3, replayed_gradients, score, score_replayed
 
 ENGINES = ("transformers", "continuous", "vllm", "server")
 _OF_ONE_PROCESS = ("continuous", "vllm")
@@ -127,6 +127,7 @@ def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) 
     sampled = _padded(rollout.logprobs, batch.completion_mask)
     temperatures = candidates(rollout.temperature)
     live = score(loaded, batch, temperatures)
+    of_padding = padding_k3(loaded, batch, live[rollout.temperature], rollout.temperature)
     replayed = score_replayed(loaded, replay, batch, temperatures)
     evidence = RoutingEvidence(replay.layout)
     for observation in replayed.observations:
@@ -138,7 +139,7 @@ def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) 
         findings.executed_finding(replayed.executed, record, replay),
         findings.agreement_finding(statistics, evidence.verdict() if statistics else None, evidence.rows),
         findings.changed_finding(replayed.changed, replayed.compared),
-        *_mismatch(live, replayed.scores, rollout, sampled, batch.completion_mask),
+        *_mismatch(live, replayed.scores, rollout, sampled, batch.completion_mask, of_padding),
         logprobs_finding(rollout, replayed.scores, sampled, batch.completion_mask),
         findings.gradients_finding(gradients, record, replay),
     ]
@@ -171,11 +172,12 @@ def _mismatch(
     rollout: VerifiedRollout,
     sampled: Tensor | None,
     mask: Tensor,
+    of_padding: float,
 ) -> list[Finding]:
     if sampled is None:
         return []
     both = (("mismatch, live", live, None), ("mismatch, replayed", replayed, findings.MAX_K3))
     return [
-        findings.mismatch_finding(what, scores[rollout.temperature], sampled, mask, bound)
+        findings.mismatch_finding(what, scores[rollout.temperature], sampled, mask, bound, of_padding)
         for what, scores, bound in both
     ]

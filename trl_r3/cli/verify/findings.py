@@ -176,18 +176,34 @@ def _cause(verdict: Verdict) -> tuple[str, str]:
     )
 
 
-def mismatch_finding(name: str, train: Tensor, rollout: Tensor, mask: Tensor, bound: float | None) -> Finding:
-    """k3 and F(2) of the sampled tokens, (B, C) each; with a bound, whether k3 is within it."""
+def mismatch_finding(
+    name: str, train: Tensor, rollout: Tensor, mask: Tensor, bound: float | None, of_padding: float
+) -> Finding:
+    """
+    k3 and F(2) of the sampled tokens, (B, C) each; with a bound, whether k3 is within it.
+
+    `of_padding` is the k3 that padding alone makes.
+    """
     k3, extreme = float(k3_kl(train, rollout, mask)), float(extreme_token_frac(train, rollout, mask))
     seen = f"k3 {k3:.2e}, F(2) {extreme:.2%}"
     if bound is None or k3 != k3:
         return Finding(name, "not judged", seen)
     if k3 <= bound:
         return Finding(name, "right", seen)
+    seen += f", expected a k3 of {bound:g} at most"
+    if of_padding > bound:
+        return Finding(
+            name,
+            "wrong",
+            seen,
+            "the forward of this model depends on padding: a sample scored alone and behind padding differs by a k3 "
+            f"of {of_padding:.2e}, with live routing",
+            "train on prompts of one length, or with a Transformers whose forward of this model leaves padding out",
+        )
     return Finding(
         name,
         "wrong",
-        f"{seen}, expected a k3 of {bound:g} at most",
+        seen,
         "rollout and training score the same tokens differently, and routing does not explain it: other weights, "
         "log-probabilities of another kind, or a forward that depends on padding or on the cache",
         "mend what else is wrong here first; then check that the engine serves these weights",

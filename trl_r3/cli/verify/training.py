@@ -18,6 +18,7 @@ from ...records.evidence import Observation
 from ...records.samples import Sample, ScoredBatch
 from ...records.storage import unpack
 from ...routers.router_replay import RouterReplay
+from ...trainers.metrics import k3_kl
 from ..models import LoadedModel
 from .executed import Executed, watch_experts
 from .rollout import VerifiedRollout
@@ -86,6 +87,32 @@ def score(policy: LoadedModel, batch: Batch, temperatures: Sequence[float]) -> d
     logits = logits[:, batch.prompt_width - 1 : -1].float()
     sampled = batch.input_ids[:, batch.prompt_width :, None]
     return {each: (logits / each).log_softmax(-1).gather(-1, sampled)[..., 0].cpu() for each in temperatures}
+
+
+def padding_k3(policy: LoadedModel, batch: Batch, scores_BC: Tensor, temperature: float) -> float:
+    """
+    How far the scores of the sample with the shortest prompt are from those that it has alone, without padding.
+
+    Args:
+        policy ([`~trl_r3.cli.models.LoadedModel`]):
+            What scores.
+        batch ([`Batch`]):
+            The rollout.
+        scores_BC (`torch.Tensor` of shape `(B, C)`):
+            Of the padded batch, at `temperature`.
+        temperature (`float`):
+            What to divide the logits by.
+
+    Returns:
+        `float`: k3; next to nothing, unless the forward of the model depends on padding.
+    """
+    row = min(range(len(batch.samples)), key=lambda i: batch.samples[i].prompt_length)
+    width, size = batch.samples[row].prompt_length, int(batch.completion_mask[row].sum())
+    there = slice(batch.prompt_width - width, batch.prompt_width + size)
+    ids, mask = batch.input_ids[row : row + 1, there], batch.mask[row : row + 1, there]
+    alone = Batch([batch.samples[row]], width, ids, mask, mask[:, width:].bool())
+    scores = score(policy, alone, [temperature])[temperature]
+    return float(k3_kl(scores, scores_BC[row : row + 1, :size], alone.completion_mask.cpu()))
 
 
 @dataclass
