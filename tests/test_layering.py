@@ -80,7 +80,7 @@ def tops(path):
 
 
 TRL_MAY_BE_KNOWN_IN = {"cli", "trainers"}
-ENGINES_THAT_KNOW_TRL = {"vllm_engine"}
+ENGINES_THAT_KNOW_TRL = {"vllm_client", "vllm_engine"}
 WITHOUT_TRL = [
     path for path in SOURCES if room_of(path) not in TRL_MAY_BE_KNOWN_IN and path.stem not in ENGINES_THAT_KNOW_TRL
 ]

@@ -345,7 +345,26 @@ SEAMS = [
         lambda: sets(GENERATION, "llm", "vllm_client", "tensor_parallel_size", "tp_group"),
     ),
     Seam(
-        "engines/vllm_engine.py",
+        "engines/vllm_client.py",
+        "VLLMClient.generate with features asks /inference/v1/generate through _post, `sampling_params` in the body",
+        lambda: (
+            "_generate_from_features" in CLIENT.generate.__code__.co_names
+            and all(
+                part in inspect.getsource(CLIENT._generate_from_features)
+                for part in ("self._post(", "/inference/v1/generate", '"sampling_params": sampling_params')
+            )
+        ),
+    ),
+    Seam(
+        "engines/vllm_client.py",
+        "VLLMClient.generate puts generation_kwargs among the sampling parameters, those into the body",
+        lambda: all(
+            part in inspect.getsource(CLIENT.generate)
+            for part in ("sampling_params.update(generation_kwargs or {})", "**sampling_params,")
+        ),
+    ),
+    Seam(
+        "engines/vllm_client.py",
         "VLLMClient._get(url), ._post(url), .get_server_info(), .generate(prompts, features)",
         lambda: (
             takes(CLIENT._get, "url", "*")
@@ -355,7 +374,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "engines/vllm_engine.py",
+        "engines/vllm_client.py",
         "VLLMClient sets base_url and model, and asks through _post",
         lambda: sets(CLIENT, "base_url", "model") and "_post" in CLIENT.generate.__code__.co_names,
     ),

@@ -18,6 +18,8 @@ import numpy as np
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 4
 CAPTURES = {"enable_return_routed_experts": True, "logprobs_mode": "processed_logprobs", "max_logprobs": -1}
+MASKS = {"return_sampling_mask": True, "logprobs_mode": "processed_logprobs", "max_logprobs": -1}
+MASKS_PATH = "/inference/v1/generate"
 
 
 def completion_of(prompt: list[int], index: int) -> list[int]:
@@ -30,6 +32,13 @@ def routes_of(tokens: list[int]) -> np.ndarray:
     rows, layers = np.arange(len(tokens) - 1)[:, None], np.arange(LAYERS)
     first = np.array(tokens[:-1])[:, None] + 3 * rows + 5 * layers
     return ((first[:, :, None] + np.arange(TOP_K)) % EXPERTS).astype(np.uint8)
+
+
+def kept_of(tokens: list[int]) -> list[list[int]]:
+    """What the server kept of the vocabulary, a list a token: told by the token and its position."""
+    return [
+        sorted({token, *((token + 7 * i + 11 * j) % 128 for j in range(1 + i % 4))}) for i, token in enumerate(tokens)
+    ]
 
 
 def npy_base64(ids: np.ndarray) -> str:
@@ -45,6 +54,8 @@ class FakeVLLM:
     version: str = "0.30.0"
     info: dict[str, Any] = field(default_factory=lambda: {"model_config": dict(CAPTURES)})
     returns_routes: bool = True
+    returns_masks: bool = True
+    scale_out: bool = True  # whether the endpoint that returns masks is there
     leaves_out: bool = True  # rows before `routed_experts_prompt_start`
     failures: list[int] = field(default_factory=list)  # HTTP statuses of the next completions
     longest_delay: float = 0.0
@@ -81,6 +92,17 @@ class FakeVLLM:
                 )
         return {"choices": choices}
 
+    def complete_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Tokens in, tokens out: the endpoint with masks. Log-probabilities look like those of a chat."""
+        answer = self.complete({**body["sampling_params"], "prompt": body["token_ids"]})
+        for choice in answer["choices"]:
+            of_token = zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True)
+            content = [{"token": name, "logprob": value, "top_logprobs": []} for name, value in of_token]
+            choice["logprobs"] = {"content": content}
+            choice["sampling_mask"] = kept_of(choice["token_ids"]) if self.returns_masks else None
+            del choice["prompt_token_ids"]
+        return answer
+
 
 @contextmanager
 def fake_vllm(**behaviour: Any) -> Iterator[FakeVLLM]:
@@ -110,12 +132,14 @@ def fake_vllm(**behaviour: Any) -> Iterator[FakeVLLM]:
                 "/v1/models": {"data": [{"id": "org/model"}]},
                 "/server_info": {"vllm_config": fake.info},
             }
-            self.answer(answers.get(path, {}), 200 if path in answers else 404)
+            wrong_method = path == MASKS_PATH and fake.scale_out
+            self.answer(answers.get(path, {}), 200 if path in answers else 405 if wrong_method else 404)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
             fake.paths.append(self.path)
-            if self.path.partition("?")[0] != "/v1/completions":
+            complete = {"/v1/completions": fake.complete, MASKS_PATH: fake.complete_tokens}.get(self.path)
+            if complete is None:
                 return self.answer({})
             with fake.lock:
                 fake.requests.append(body)
@@ -125,7 +149,7 @@ def fake_vllm(**behaviour: Any) -> Iterator[FakeVLLM]:
             time.sleep(random.uniform(0, fake.longest_delay))
             with fake.lock:
                 fake.at_once -= 1
-            return self.answer({"error": "busy"}, failure) if failure else self.answer(fake.complete(body))
+            return self.answer({"error": "busy"}, failure) if failure else self.answer(complete(body))
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

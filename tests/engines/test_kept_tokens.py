@@ -202,7 +202,7 @@ def test_vllm_masks_are_decoded():
     outputs = [SimpleNamespace(outputs=[vllm_completion(each, some_rows(each))]) for each in tokens]
     engine = SimpleNamespace(generate=lambda *args, **kwargs: outputs)
     generation = SimpleNamespace(llm=engine, tensor_parallel_size=1)
-    trainer = SimpleNamespace(use_vllm=True, vllm_generation=generation)
+    trainer = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_generation=generation)
     with capture_masks(trainer) as make_turn:
         generation.llm.generate([], None)
     turn = make_turn([[2], [2, 2], [5]], tokens)
@@ -213,14 +213,14 @@ def test_vllm_masks_are_decoded():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (None, "`CompletionOutput.sampling_mask` is None"),
+        (None, "`sampling_mask` of the completion is None"),
         ([[8]], "returned 1 lists of kept ids for 2 sampled tokens"),
         ([[8], []], "the first empty one at position 1"),
     ],
 )
 def test_vllm_masks_that_are_none(rows, message):
     with pytest.raises(ValueError, match=f"sample 4: .*{message}"):
-        decode_vllm_mask(vllm_completion([8, 9], rows), 4)
+        decode_vllm_mask(rows, 2, 4)
 
 
 @pytest.mark.parametrize("version", ["0.28.0", "0.30.0+cpu", "0.33.1"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trl_r3 import RoutingLayout, stitch
 from trl_r3.engines.capture import capture
 from trl_r3.engines.known_routes import KnownRoutes
-from trl_r3.engines.vllm_engine import RoutedVLLMClient
+from trl_r3.engines.vllm_client import RecordingVLLMClient
 
 SHAPE = RoutingLayout(moe_layers=(0, 2, 3), num_decoder_layers=4, num_experts=16, top_k=4)
 
@@ -151,7 +151,7 @@ def test_servers(monkeypatch, leaves_out):
     pytest.importorskip("requests", reason="TRL's client of a vLLM server needs `pip install requests`")
     monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda *args, **kwargs: True)
     with fake_vllm(leaves_out=leaves_out) as fake:
-        client = RoutedVLLMClient(base_url=fake.base_url, connection_timeout=5.0)
+        client = RecordingVLLMClient(base_url=fake.base_url, connection_timeout=5.0, routes=True)
         given = [[30, 31], [40, 41]]
         for _ in range(10):
             answer = client.generate(given, max_tokens=8, generation_kwargs={"seed": 3})

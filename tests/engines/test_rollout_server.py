@@ -20,25 +20,18 @@ from engines.tiny_chat import make_trainer
 from engines.watch import assert_nothing_missing, assert_replayed
 from trl.generation import vllm_client, vllm_generation
 
-import trl_r3.engines.vllm_engine as vllm_engine
 from trl_r3 import RoutingLayout
 from trl_r3.engines.capture import capture
 from trl_r3.engines.known_routes import KnownRoutes
+from trl_r3.engines.vllm_client import RecordingVLLMClient
 
 PROMPTS = [[20 + i] * (1 + i % 4) for i in range(24)]
 SHAPE = RoutingLayout(moe_layers=(0, 2, 3), num_decoder_layers=4, num_experts=16, top_k=4)
 
 
 @pytest.fixture
-def installed(monkeypatch):
-    """TRL's client asks whether vLLM is installed; only a server is needed here."""
-    pytest.importorskip("requests", reason="TRL's client of a vLLM server needs `pip install requests`")
-    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda *args, **kwargs: True)
-
-
-@pytest.fixture
 def client_of(installed):
-    return lambda fake: vllm_engine.RoutedVLLMClient(base_url=fake.base_url)
+    return lambda fake: RecordingVLLMClient(base_url=fake.base_url, routes=True)
 
 
 def test_one_request_a_prompt_in_order(client_of):
@@ -164,22 +157,6 @@ def test_versions_with_another_format_are_refused(client_of, version):
 def test_images_are_refused(client_of):
     with fake_vllm() as fake, pytest.raises(ValueError, match="multimodal"):
         client_of(fake).generate(PROMPTS[:1], features=[{"pixels": 1}])
-
-
-@pytest.fixture
-def server_trainer(client_of, monkeypatch, tmp_path):
-    """A trainer that rolls out on a server; weights go nowhere."""
-    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *args, **kwargs: True)
-    monkeypatch.setattr(vllm_engine, "is_vllm_available", lambda *args, **kwargs: True)
-    for name in ("init_communicator", "close_communicator", "update_named_params"):
-        monkeypatch.setattr(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)
-
-    def make(fake, **settings):
-        prompts = Dataset.from_dict({"prompt": ["t30 t31 t32", "t40", "t50 t51 t52 t53", "t60 t61"]})
-        settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": fake.base_url, **settings}
-        return make_trainer(tmp_path, prompts, per_device_train_batch_size=8, **settings)
-
-    return make
 
 
 def sampled_by(fake):

@@ -448,7 +448,6 @@ def test_a_batch_that_was_shuffled_without_its_identities(make):
 
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "top_k": 20}
 REFUSED = {
-    "Set `vllm_mode='colocate'`": {**VLLM, "vllm_mode": "server"},
     "Set `top_k=512`": {**VLLM, "top_k": 0},
     "only where it samples": {**VLLM, "generation_kwargs": {"temperature": 0.0}},
     "`torch_compile=True` runs past sampling masks": {"torch_compile": True},

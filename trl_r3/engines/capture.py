@@ -200,27 +200,27 @@ def _vllm_colocate(trainer: Any, layout: RoutingLayout, known: KnownRoutes) -> I
 
 @contextmanager
 def _vllm_server(trainer: Any, layout: RoutingLayout, known: KnownRoutes) -> Iterator[MakeTurn]:
-    accelerator = trainer.accelerator
-    client = trainer.vllm_generation.vllm_client if accelerator.is_main_process else None
+    client = trainer.vllm_generation.vllm_client if trainer.accelerator.is_main_process else None
 
     def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
-        routes = client.take_routes() if client is not None else None
-        own = _own_share(accelerator, routes, len(prompt_ids))
+        own = share_of_server(trainer, "take_routes", len(prompt_ids))
         return Turn(prompt_ids, completion_ids, [to_record(ids, layout, sample) for sample, ids in enumerate(own)])
 
     with swapped(client, "known_routes", known) if client is not None else nullcontext():
         yield make_turn
 
 
-def _own_share(accelerator: Any, routes: list[np.ndarray] | None, count: int) -> list[np.ndarray]:
-    """Give each process the rows of its samples; the main process has asked the server for all."""
+def share_of_server(trainer: Any, take: str, count: int) -> list:
+    """Give each process what was recorded of its samples; the main process has asked the server for all."""
+    accelerator = trainer.accelerator
+    everything = getattr(trainer.vllm_generation.vllm_client, take)() if accelerator.is_main_process else None
     if accelerator.num_processes == 1:
-        assert routes is not None
-        return routes
+        assert everything is not None
+        return everything
     # the shares that TRL cuts the completions into
     shares = None
-    if routes is not None:
-        shares = [routes[rank * count : (rank + 1) * count] for rank in range(accelerator.num_processes)]
+    if everything is not None:
+        shares = [everything[rank * count : (rank + 1) * count] for rank in range(accelerator.num_processes)]
     received: list[Any] = [None]
     torch.distributed.scatter_object_list(received, shares, src=0)
     return received[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..records.sampling_masks import SamplingMask
-from .capture import Prompts, colocated_outputs, own_completions
+from .capture import Prompts, colocated_outputs, own_completions, share_of_server
 from .kept_batches import kept_by_batches
 from .kept_tokens import kept_by_generate
 from .turns import RolloutRecord, Turn
@@ -29,13 +29,21 @@ def capture_masks(trainer: Any) -> Iterator[Callable[[Prompts, Prompts], Turn]]:
         What makes the [`Turn`] once the call has returned: masks, and where Transformers generates log-probabilities
         over what they keep.
     """
+    if trainer.use_vllm and trainer.vllm_mode == "server":
+        yield lambda prompt_ids, completion_ids: Turn(
+            prompt_ids, completion_ids, [], masks=share_of_server(trainer, "take_masks", len(prompt_ids))
+        )
+        return
     if trainer.use_vllm:
         with colocated_outputs(trainer, lambda prompts, sampling: sampling) as outputs:
 
             def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
                 completions = [completion for output in outputs for completion in output.outputs]
                 completions = own_completions(trainer, completions, len(prompt_ids))
-                masks = [decode_vllm_mask(each, sample) for sample, each in enumerate(completions)]
+                masks = [
+                    decode_vllm_mask(getattr(each.sampling_mask, "token_ids", None), len(each.token_ids), sample)
+                    for sample, each in enumerate(completions)
+                ]
                 return Turn(prompt_ids, completion_ids, [], masks=masks)
 
             yield make_turn

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..records.sampling_masks import SamplingMask
 
+MASKS_PATH = "/inference/v1/generate"  # of a server; `/v1/completions` returns no masks
+
 
 def check_mask_settings(args: Any) -> None:
     """
@@ -15,11 +17,6 @@ def check_mask_settings(args: Any) -> None:
     Raises:
         `ValueError`: Naming the setting and what to change.
     """
-    if args.vllm_mode == "server":
-        raise ValueError(
-            "`use_sampling_mask_replay=True` needs masks, but the endpoint of a vLLM server that TRL asks "
-            "(`/v1/completions`) returns none. Set `vllm_mode='colocate'`, or `use_sampling_mask_replay=False`."
-        )
     sampling = {"top_k": args.top_k, "temperature": args.temperature, **(args.generation_kwargs or {})}
     if (sampling["top_k"] or 0) <= 0:
         raise ValueError(
@@ -33,13 +30,15 @@ def check_mask_settings(args: Any) -> None:
         )
 
 
-def decode_vllm_mask(completion_output: Any, sample: int) -> SamplingMask:
+def decode_vllm_mask(rows: Sequence[Sequence[int]] | None, num_tokens: int, sample: int) -> SamplingMask:
     """
-    Take the mask from a `CompletionOutput` of vLLM's `LLM.generate`.
+    Read the mask of a finished completion.
 
     Args:
-        completion_output (`vllm.CompletionOutput`):
-            A finished completion.
+        rows (sequence of sequence of `int`, *optional*):
+            `sampling_mask.token_ids` of a `CompletionOutput`, or `sampling_mask` of a server's choice.
+        num_tokens (`int`):
+            Sampled tokens of the completion.
         sample (`int`):
             Index that errors name.
 
@@ -49,19 +48,16 @@ def decode_vllm_mask(completion_output: Any, sample: int) -> SamplingMask:
     Raises:
         `ValueError`: If there is none, or not one list of ids a token.
     """
-    mask = completion_output.sampling_mask
-    if mask is None:
+    if rows is None:
         raise ValueError(
-            f"sample {sample}: `CompletionOutput.sampling_mask` is None: the engine returns none. Pass "
-            "`return_sampling_mask=True` to `LLM`, with Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)."
+            f"sample {sample}: `sampling_mask` of the completion is None: the engine returns none. Switch "
+            "`return_sampling_mask` on where it is started, with Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)."
         )
-    rows: Sequence[Sequence[int]] = mask.token_ids
-    tokens = len(completion_output.token_ids)
     empty = [position for position, row in enumerate(rows) if not len(row)]
-    if len(rows) != tokens or empty:
+    if len(rows) != num_tokens or empty:
         fact = f"the first empty one at position {empty[0]}" if empty else "none of them empty"
         raise ValueError(
-            f"sample {sample}: vLLM returned {len(rows)} lists of kept ids for {tokens} sampled tokens, {fact}. "
+            f"sample {sample}: vLLM returned {len(rows)} lists of kept ids for {num_tokens} sampled tokens, {fact}. "
             "Expected one list a token, with the sampled token in it. Set `use_sampling_mask_replay=False`."
         )
     return SamplingMask.of(rows)

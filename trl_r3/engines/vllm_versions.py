@@ -7,6 +7,7 @@ from packaging.version import InvalidVersion, Version
 _FIRST_VLLM = (0, 22)
 _FIRST_VLLM_AUX_OUTPUT = (0, 31)
 _FIRST_VLLM_MASKS = (0, 28)
+_FIRST_VLLM_SCALE_OUT = (0, 30)  # a flag for the endpoint that returns masks
 _LAST_VLLM = (0, 33)
 
 
@@ -84,13 +85,19 @@ def vllm_engine_kwargs(version: str) -> dict[str, bool]:
     return kwargs
 
 
-def vllm_serve_command(version: str, model: str) -> str:
-    """The shell line that starts a server which returns routes, with what TRL needs of it."""
-    environment, flags = "VLLM_SERVER_DEV_MODE=1", "--enable-return-routed-experts"
-    if _minor_version(version) >= _FIRST_VLLM_AUX_OUTPUT:
-        environment, flags = f"{environment} VLLM_USE_V2_MODEL_RUNNER=1", f"{flags} --enable-prefix-caching"
+def vllm_serve_command(version: str, model: str, routes: bool = True, masks: bool = False) -> str:
+    """The shell line that starts a server which returns routes, sampling masks, or both, with what TRL needs of it."""
+    minor, environment, flags = _minor_version(version), "VLLM_SERVER_DEV_MODE=1", []
+    if masks or (routes and minor >= _FIRST_VLLM_AUX_OUTPUT):
+        environment += " VLLM_USE_V2_MODEL_RUNNER=1"
+    if routes:
+        flags.append("--enable-return-routed-experts")
+        flags += ["--enable-prefix-caching"] if minor >= _FIRST_VLLM_AUX_OUTPUT else []
+    if masks:
+        flags.append("--return-sampling-mask")
+        flags += ["--enable-scale-out"] if minor >= _FIRST_VLLM_SCALE_OUT else []
     return (
-        f"{environment} vllm serve {model} {flags} "
+        f"{environment} vllm serve {model} {' '.join(flags)} "
         f"""--weight-transfer-config '{{"backend": "nccl"}}' --logprobs-mode processed_logprobs --max-logprobs -1"""
     )
 

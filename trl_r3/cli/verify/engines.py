@@ -175,11 +175,11 @@ def _plain_weights(model: Any, name: str) -> Iterator[str]:
 
 def server_rollout(url: str, sampling: Sampling) -> VerifiedRollout:
     """By a vLLM server that runs already, through the client that training uses."""
-    from ...engines.vllm_engine import RoutedVLLMClient  # TRL takes seconds to import
+    from ...engines.vllm_client import RecordingVLLMClient  # TRL takes seconds to import
 
     notes: list[str] = []
 
-    class Client(RoutedVLLMClient):
+    class Client(RecordingVLLMClient):
         """One that goes on where a choice has no routes, to say so beside the rest."""
 
         def decode(self, payload: str | None) -> Any:
@@ -188,7 +188,7 @@ def server_rollout(url: str, sampling: Sampling) -> VerifiedRollout:
 
     prompts, completions, routes, logprobs = [], [], [], []
     try:
-        client = Client(base_url=url)
+        client = Client(base_url=url, routes=True)
         info, version = client.get_server_info(), client.version
         for part in sampling.parts:
             answer = client.generate(
