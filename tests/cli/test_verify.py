@@ -19,7 +19,7 @@ from trl_r3 import RouterReplay
 from trl_r3.cli import command as cli
 from trl_r3.cli.demo.model import qwen3_config
 from trl_r3.cli.models import LoadedModel
-from trl_r3.cli.verify import sample, verify
+from trl_r3.cli.verify import sample, training, verify
 from trl_r3.cli.verify.engines import transformers_rollout
 from trl_r3.cli.verify.rollout import TEMPERATURE, Sampling, generated_prompts
 from trl_r3.routers import router_replay
@@ -253,6 +253,13 @@ def test_a_forward_that_depends_on_padding(name):
         prompts = [prompt[:17] for prompt in generated_prompts(model)]
         report = verify(loaded, replay, transformers_rollout(model, replay, Sampling(prompts)))
     assert "mismatch, replayed" not in wrong(report) and k3(report, "replayed") < 1e-8
+
+
+def test_gradients_that_never_arrive_are_no_proof(loaded, engine, monkeypatch):
+    monkeypatch.setattr(training, "_routers_and_embedding", lambda *args: {})
+    monkeypatch.setattr(training, "_gradients_of_inputs", lambda *args: nullcontext([]))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: None)  # nothing requires a gradient
+    assert by_name(report_of(loaded, engine))["gradients with checkpointing"].status == "not judged"
 
 
 def test_a_recompute_that_goes_live(loaded, engine, monkeypatch):

@@ -219,6 +219,8 @@ def changed_finding(changed: int, compared: int) -> Finding:
 def gradients_finding(runs: dict[str, Gradients], record: Tensor, replay: RouterReplay) -> Finding:
     """Whether each kind of checkpointing gives the gradients of none, and recomputes through the record."""
     own = runs["none"].values
+    if not own:
+        return Finding("gradients with checkpointing", "not judged", "no gradient reached the input embedding")
     facts, wrong, idle = [], [], False
     for kind, run in runs.items():
         if kind == "none":
