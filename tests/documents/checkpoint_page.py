@@ -21,6 +21,7 @@ from trl_r3.routers.gated import GatedRouter, GateFormula
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "checkpoints.md"
+VLLM = json.loads((Path(__file__).parent / "vllm_classes.json").read_text())
 CONFIGS = sorted((ROOT / "examples" / "recipes" / "configs").glob("*/config.json"))
 
 HEAD = """\
@@ -37,8 +38,18 @@ layers, experts and K but small widths and random weights, with Transformers {ve
   part in the selection alone: a bias for each expert, groups of experts.
 * Op: whether [`masked_topk_gating`](gating.md) covers the gate. Where it does not, replay intercepts the selection.
 
-| Checkpoint | Type | MoE layers | E | K | Gate | Op |
-|---|---|---|---|---|---|---|
+What vLLM does was found on a CPU with small random models of each type, and vLLM {versions}, by
+`python tests/vllm_cpu/vllm_classes.py --run`. Both sides have the class for text alone, not quantized.
+
+* vLLM capture: "run": the engine sampled, and all ids that it returned are those of a forward of Transformers (vLLM
+  {ran}). "attaches": vLLM attaches its capture to all MoE layers; the type did not run on a CPU. A MoE kernel that
+  routes inside itself is captured from vLLM 0.28 on.
+* Weight sync: TRL 1.16 sends each parameter under its name in Transformers. "yes": vLLM then has the weights that it
+  loads from the saved model. "refused": `load_weights` raises. "lost": it raises nothing, and the experts keep their
+  old weights. A selection bias is a buffer, and TRL sends none: vLLM keeps that of the checkpoint.
+
+| Checkpoint | Type | MoE layers | E | K | Gate | Op | vLLM capture | Weight sync |
+|---|---|---|---|---|---|---|---|---|
 """
 
 # The op has no argument for these. test_checkpoints.py computes them from the words.
@@ -65,8 +76,9 @@ class Checkpoint:
     @property
     def row(self) -> str:
         """Of the table."""
-        numbers = f"{self.layers} | {self.experts} | {self.top_k}"
-        return f"| {self.name} | `{self.model_type}` | {numbers} | {self.gate} | {'yes' if self.covered else 'no'} |\n"
+        op = "yes" if self.covered else "no"
+        cells = (self.layers, self.experts, self.top_k, self.gate, op, *vllm_cells(self.model_type))
+        return f"| {self.name} | `{self.model_type}` | {' | '.join(map(str, cells))} |\n"
 
 
 @cache
@@ -114,6 +126,18 @@ def twin_of(config: Any, name: str) -> Any:
     return twin
 
 
+def vllm_cells(model_type: str) -> tuple[str, str]:
+    """Of capture and of weight sync; versions are named where they differ."""
+    found = {version: results[model_type] for version, results in VLLM.items()}
+    wrong = [result["rows_that_differ"][0] for result in found.values() if "rows_that_differ" in result]
+    if not all(result["capture_attaches"] for result in found.values()) or any(wrong):
+        raise ValueError(f"capture of {model_type} does not hold, and the page has no word for it: {found}")
+    weights = {version: result["weights"] for version, result in found.items()}
+    if len(set(weights.values())) > 1:
+        return "run" if wrong else "attaches", ", ".join(f"{word} ({version})" for version, word in weights.items())
+    return "run" if wrong else "attaches", next(iter(weights.values()))
+
+
 def in_words(formula: GateFormula) -> str:
     """A gate that the op computes."""
     words = [formula.score.replace("topk_softmax", "softmax")]
@@ -128,7 +152,10 @@ def render() -> str:
     """The page."""
     checkpoints = [examine(path) for path in CONFIGS]
     sources = "".join(f"* {checkpoint.name}: {checkpoint.source}\n" for checkpoint in checkpoints)
-    head = HEAD.format(version=transformers.__version__)
+    ran = [
+        version for version, results in VLLM.items() if any("rows_that_differ" in found for found in results.values())
+    ]
+    head = HEAD.format(version=transformers.__version__, versions=" and ".join(VLLM), ran=" and ".join(ran))
     return head + "".join(checkpoint.row for checkpoint in checkpoints) + "\n## Sources\n\n" + sources
 
 

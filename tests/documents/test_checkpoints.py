@@ -26,6 +26,12 @@ WITHOUT_BIAS = {"llama4_text"}
 # Transformers has no key for these.
 NOT_DIVIDED = {"llama4_text"}
 NOT_THE_OPS = {"gemma4_text", "llama4_text", "minimax_m2"}
+# Pinned: whoever trains these types wants to know when it changes.
+SYNC = {
+    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "kimi_linear", "minimax_m2", "mixtral"), "refused"),
+    "nemotron_h": "lost (0.30.0), yes (0.32.0)",
+}
+CAPTURE = dict.fromkeys(("gemma4_text", "glm4_moe", "llama4_text", "mixtral", "olmoe", "qwen3_moe"), "run")
 
 
 def text_of(config: dict) -> dict:
@@ -76,6 +82,7 @@ def test_it_agrees_with_the_files(name):
     own = {"times a learned scale of the expert", "of the input of the experts"}
     assert [word for word in cells[5].split(", ") if word not in own] == words_of(config)
     assert cells[6] == ("no" if kind in NOT_THE_OPS else "yes")
+    assert cells[7:] == [CAPTURE.get(kind, "attaches"), SYNC.get(kind, "yes")]
     assert f"* {name}: {config['_source']}\n" in page
 
 
@@ -103,6 +110,21 @@ def test_the_gate_is_read_from_the_router(key, value, gate, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     changed = checkpoint_page.examine(tmp_path / "config.json")
     assert (changed.gate, changed.layers) == (gate, 2)
+
+
+@pytest.mark.parametrize("found", [{"capture_attaches": False}, {"rows_that_differ": [3, 90]}])
+def test_a_capture_that_does_not_hold_is_no_cell(found, monkeypatch):
+    results = {"1.0": {"olmoe": {"capture_attaches": True, "weights": "yes"} | found}}
+    monkeypatch.setattr(checkpoint_page, "VLLM", results)
+    with pytest.raises(ValueError, match="no word"):
+        checkpoint_page.vllm_cells("olmoe")
+
+
+def test_versions_are_named_where_they_differ(monkeypatch):
+    found = {"capture_attaches": True}
+    results = {"1.0": {"olmoe": found | {"weights": "lost"}}, "2.0": {"olmoe": found | {"weights": "yes"}}}
+    monkeypatch.setattr(checkpoint_page, "VLLM", results)
+    assert checkpoint_page.vllm_cells("olmoe") == ("attaches", "lost (1.0), yes (2.0)")
 
 
 def test_a_source_is_missed(tmp_path):
