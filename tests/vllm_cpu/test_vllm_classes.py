@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
 import vllm_classes
 
 pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True)
+def groups_end_with_the_test() -> Iterator[None]:
+    """Else whoever trains in this process afterwards finds a process group."""
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 def found_before(model_type: str) -> dict:
