@@ -39,7 +39,9 @@ layers, experts and K but small widths and random weights, with Transformers {ve
 * Op: whether [`masked_topk_gating`](gating.md) covers the gate. Where it does not, replay intercepts the selection.
 
 What vLLM does was found on a CPU with small random models of each type, and vLLM {versions}, by
-`python tests/vllm_cpu/vllm_classes.py --run`. Both sides have the class for text alone, not quantized.
+`python tests/vllm_cpu/vllm_classes.py --run` (2026-11-25). Both sides have the class for text alone, not quantized.
+Where both have the class that takes images ({images}), weights arrive and capture
+attaches, too. A text model trained beside an engine with the other class was not tried: its names are others.
 
 * vLLM capture: "run": the engine sampled, and all ids that it returned are those of a forward of Transformers (vLLM
   {ran}). "attaches": vLLM attaches its capture to all MoE layers; the type did not run on a CPU. A MoE kernel that
@@ -155,7 +157,15 @@ def render() -> str:
     ran = [
         version for version, results in VLLM.items() if any("rows_that_differ" in found for found in results.values())
     ]
-    head = HEAD.format(version=transformers.__version__, versions=" and ".join(VLLM), ran=" and ".join(ran))
+    images = sorted({key for results in VLLM.values() for key in results if key.endswith(", images")})
+    if any(vllm_cells(key) != ("attaches", "yes") for key in images):
+        raise ValueError(f"the page says that weights and capture of these hold: {images}")
+    head = HEAD.format(
+        images=", ".join(f"`{key.removesuffix(', images')}`" for key in images),
+        version=transformers.__version__,
+        versions=" and ".join(VLLM),
+        ran=" and ".join(ran),
+    )
     return head + "".join(checkpoint.row for checkpoint in checkpoints) + "\n## Sources\n\n" + sources
 
 

@@ -32,20 +32,24 @@ def found_before(model_type: str) -> dict:
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
 def test_the_page_says_what_the_class_does(model_type):
-    found = vllm_classes.examine(model_type)
+    found = vllm_classes.examine(vllm_classes.text_model(model_type))
     assert found.items() <= found_before(model_type).items()
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "glm4_moe"])
 def test_the_engine_returns_the_routes_of_transformers(model_type):
+    found = found_before(model_type)
+    if "rows_that_differ" not in found:
+        pytest.skip("the page says of this vLLM only to what its capture attaches")
     wrong, pairs = vllm_classes.rows_that_differ(model_type)
     assert wrong == 0 and pairs > 80
-    assert found_before(model_type)["rows_that_differ"] == [wrong, pairs]
+    assert found["rows_that_differ"] == [wrong, pairs]
 
 
 def test_experts_that_are_not_written_are_seen(tmp_path):
     """A class that skips what it does not know, without an error."""
-    model, vllm_model, config = vllm_classes.build("qwen3_moe", tmp_path)
+    model = vllm_classes.text_model("qwen3_moe")
+    vllm_model, config = vllm_classes.build(model, tmp_path)
     assert vllm_classes.sync(model, vllm_model, config, tmp_path) == "yes"
     load_weights = vllm_model.load_weights
 

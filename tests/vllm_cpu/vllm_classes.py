@@ -23,11 +23,12 @@ from unittest.mock import Mock, patch
 import cpu_engine
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model_zoo import build_tiny  # noqa: E402
+from model_zoo import build_tiny, tiny_config  # noqa: E402
 
 from trl_r3 import RouterReplay, decode_vllm_output  # noqa: E402
 from trl_r3.engines.vllm_versions import vllm_engine_kwargs  # noqa: E402
@@ -78,6 +79,7 @@ _RUN_SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "global_head_dim"), 32),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2),
 }
+WITH_IMAGES = ("gemma4", "llama4", "qwen3_5_moe")
 MODEL_TYPES = (
     "deepseek_v3", "gemma4_text", "glm4_moe", "glm4_moe_lite", "gpt_oss", "kimi_linear", "llama4_text", "minimax_m2",
     "mixtral", "nemotron_h", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
@@ -101,15 +103,29 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def build(model_type: str, folder: Path) -> tuple[PreTrainedModel, Any, Any]:
-    """A small model of Transformers, vLLM's class for it with weights that are not its own, and vLLM's config."""
+def text_model(model_type: str) -> PreTrainedModel:
+    """A small model of Transformers for text alone."""
+    return build_tiny(model_type, **OVERRIDES.get(model_type, {}))
+
+
+def image_model(model_type: str) -> PreTrainedModel:
+    """A small model of Transformers that also takes images."""
+    config = tiny_config(model_type, **OVERRIDES.get(f"{model_type}_text", {}))
+    if model_type == "gemma4":  # none by default
+        sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+        config.vision_config = Gemma4VisionConfig(**sizes, intermediate_size=32, num_hidden_layers=1)
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
+def build(model: PreTrainedModel, folder: Path) -> tuple[Any, Any]:
+    """vLLM's class for a model of Transformers, with weights that are not its own, and vLLM's config."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    model = build_tiny(model_type, **OVERRIDES.get(model_type, {}))
-    save(model, model_type, folder)
+    model_type = model.config.model_type
+    save(model, folder)
     caching = model_type != "kimi_linear"  # it has no layer whose cache could be shared here
     engine_args = EngineArgs(str(folder), skip_tokenizer_init=True, enable_prefix_caching=caching, **ENGINE)
     config = engine_args.create_engine_config()
@@ -119,8 +135,8 @@ def build(model_type: str, folder: Path) -> tuple[PreTrainedModel, Any, Any]:
             initialize_model_parallel(1, 1)
         if model_type in ("kimi_linear", "nemotron_h"):
             with as_on_a_gpu():
-                return model, initialize_model(vllm_config=config), config
-        return model, initialize_model(vllm_config=config), config
+                return initialize_model(vllm_config=config), config
+        return initialize_model(vllm_config=config), config
 
 
 def rows_that_differ(model_type: str) -> tuple[int, int]:
@@ -135,7 +151,7 @@ def rows_that_differ(model_type: str) -> tuple[int, int]:
     model = build_tiny(model_type, **_RUN_SIZES | OVERRIDES.get(model_type, {}))
     prompts = [torch.randint(2, 120, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 14)]
     with tempfile.TemporaryDirectory() as folder:
-        save(model, model_type, Path(folder))
+        save(model, Path(folder))
         llm = LLM(folder, skip_tokenizer_init=True, max_model_len=128, **ENGINE, **vllm_engine_kwargs(__version__))
     try:
         sampling = SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False)
@@ -158,12 +174,13 @@ def _differ(replay: RouterReplay, model: PreTrainedModel, output: Any) -> torch.
     return (ids_RLK != live_RLK).any(-1).flatten()
 
 
-def save(model: PreTrainedModel, model_type: str, folder: Path) -> None:
+def save(model: PreTrainedModel, folder: Path) -> None:
     """As a checkpoint that vLLM reads."""
     model.save_pretrained(folder)
     file = folder / "config.json"
-    config = json.loads(file.read_text()) | CONFIG_KEYS.get(model_type, {})
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config = json.loads(file.read_text()) | CONFIG_KEYS.get(model.config.model_type, {})
+    if "hidden_size" in config:
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     file.write_text(json.dumps(config))
 
 
@@ -210,10 +227,10 @@ def captured_layers(vllm_model: Any) -> list[int]:
     return [module.layer_id for module in vllm_model.modules() if isinstance(module, MoERunner)]
 
 
-def examine(model_type: str) -> dict[str, Any]:
-    """What vLLM's class of a type does with TRL's weights, and whether capture attaches to its MoE layers."""
+def examine(model: PreTrainedModel) -> dict[str, Any]:
+    """What vLLM's class of a model does with TRL's weights, and whether capture attaches to its MoE layers."""
     with tempfile.TemporaryDirectory() as name:
-        model, vllm_model, config = build(model_type, Path(name))
+        vllm_model, config = build(model, Path(name))
         with RouterReplay(model, "intercept") as replay:
             moe_layers = list(replay.moe_layers)
         attaches = captured_layers(vllm_model) == moe_layers
@@ -225,7 +242,8 @@ if __name__ == "__main__":
     import vllm
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = {model_type: examine(model_type) for model_type in MODEL_TYPES}
+    found = {model_type: examine(text_model(model_type)) for model_type in MODEL_TYPES}
+    found |= {f"{model_type}, images": examine(image_model(model_type)) for model_type in WITH_IMAGES}
     for model_type in RUNNABLE if "--run" in sys.argv else ():
         found[model_type]["rows_that_differ"] = rows_that_differ(model_type)
     results[vllm.__version__] = found
