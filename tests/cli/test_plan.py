@@ -255,6 +255,12 @@ def test_other_families(tmp_path, config, moe_layers, experts):
     assert facts.parameters == sum(parameter.numel() for parameter in built.parameters())
 
 
+def test_heads_that_vary_by_layer():
+    """Gemma 4 has fewer heads of keys where it attends to all tokens, and its config refuses to name one number."""
+    layout = read_model(str(CONFIGS / "gemma-4-26b-a4b"), Job(prompts=1)).layout
+    assert (len(layout.moe_layers), layout.num_experts, layout.top_k) == (30, 128, 8)
+
+
 def test_nothing_is_left_behind():
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -5,7 +5,6 @@ Legend: L MoE layers, E experts, K experts per token.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -16,40 +15,8 @@ from torch import nn
 from ...records.layout import RoutingLayout
 from ...routers.discovery import refuse_dense
 from ...routers.router_replay import RouterReplay
+from ..twin import narrow_twin
 from .job import Job, PlanError
-
-# Widths of a twin that has the real depth, number of experts and top-k. A config takes those it has.
-_NARROW = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "pad_token_id": None,
-}
-_NARROW_TOWER = {
-    "depth": 1,
-    "num_hidden_layers": 1,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_heads": 4,
-    "num_attention_heads": 4,
-    "num_position_embeddings": 16,
-    "out_hidden_size": 64,
-    "deepstack_visual_indexes": [0],
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +73,9 @@ def read_model(name: str, job: Job) -> ModelFacts:
     try:
         model = _build(config, "meta")
         refuse_dense(model)
-        layout = _layout(model, config)
+        # found by the package's own search, as a job finds it: on a twin of the real depth, experts and top-k
+        with RouterReplay(narrow_twin(config, name), "intercept") as replay:
+            layout = replay.layout
     except Exception as error:  # noqa: BLE001
         # the model's own code has run, on a twin that it may not expect
         raise PlanError(f"{name} cannot be planned: {_one_line(error)}") from error
@@ -150,22 +119,6 @@ def _build(config: Any, device: str) -> Any:
     auto = AutoModelForCausalLM if causal and not named.endswith("ForConditionalGeneration") else None
     with torch.device(device):
         return (auto or AutoModelForImageTextToText).from_config(config, dtype=torch.float32)
-
-
-def _layout(model: Any, config: Any) -> RoutingLayout:
-    """Found by the package's own search, as a job finds it: on a twin of the real depth, experts and top-k."""
-    from transformers import AutoModelForCausalLM
-
-    twin = copy.deepcopy(config)
-    text = twin.get_text_config(decoder=True)
-    if type(text) in AutoModelForCausalLM._model_mapping:
-        twin = text  # without a tower for images
-    for part, widths in ((text, _NARROW), (getattr(twin, "vision_config", None), _NARROW_TOWER)):
-        for name, value in widths.items():
-            if hasattr(part, name):
-                setattr(part, name, value)
-    with torch.random.fork_rng(devices=[]), RouterReplay(_build(twin, "cpu"), "intercept") as replay:
-        return replay.layout
 
 
 def _adapters(model: Any, job: Job, name: str) -> int:
