@@ -140,3 +140,15 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, own)
         else:
             delattr(owner, name)
+
+
+def name_tokens(choices: list[dict[str, Any]]) -> None:
+    """
+    Give log-probabilities of `/inference/v1/generate` the names that TRL 1.16 reads: vLLM 0.32 tells a `token_id`,
+    0.30 a `token`. Goes when TRL reads both.
+    """
+    for choice in choices:
+        for entry in (choice.get("logprobs") or {}).get("content") or ():
+            for each in (entry, *(entry.get("top_logprobs") or ())):
+                if "token_id" in each:
+                    each.setdefault("token", f"token_id:{each['token_id']}")

@@ -98,6 +98,9 @@ class FakeVLLM:
         for choice in answer["choices"]:
             of_token = zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True)
             content = [{"token": name, "logprob": value, "top_logprobs": []} for name, value in of_token]
+            if self.version >= "0.32":
+                for entry in content:
+                    entry["token_id"] = int(entry.pop("token").removeprefix("token_id:"))
             choice["logprobs"] = {"content": content}
             choice["sampling_mask"] = kept_of(choice["token_ids"]) if self.returns_masks else None
             del choice["prompt_token_ids"]

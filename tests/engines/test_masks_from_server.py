@@ -21,9 +21,9 @@ def rows_of(mask) -> list[list[int]]:
     return [sorted(row.tolist()) for row in torch.tensor_split(mask.ids, mask.offsets[1:-1].long())]
 
 
-@pytest.mark.parametrize("routes", [False, True])
-def test_masks_in_order(installed, routes):
-    with fake_vllm(longest_delay=0.1, info=INFO[routes]) as fake:
+@pytest.mark.parametrize(("routes", "version"), [(False, "0.30.0"), (True, "0.30.0"), (True, "0.32.0")])
+def test_masks_in_order(installed, routes, version):
+    with fake_vllm(longest_delay=0.1, info=INFO[routes], version=version) as fake:
         client = RecordingVLLMClient(base_url=fake.base_url, routes=routes, masks=True)
         answer = client.generate(PROMPTS, n=3, max_tokens=8, temperature=0.7, top_k=20, generation_kwargs={"seed": 5})
     completions = [completion_of(prompt, index) for prompt in PROMPTS for index in range(3)]

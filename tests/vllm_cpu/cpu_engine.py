@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from packaging.version import Version
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     MixtralConfig,
@@ -51,7 +51,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-if find_spec("vllm") is not None and Version(version("vllm")) >= Version("0.31"):
+SECOND_RUNNER = find_spec("vllm") is not None and Version(version("vllm")) >= Version("0.31")
+if SECOND_RUNNER:
     # routes come from the second model runner, whose Triton kernels run as Python here (install_vllm_cpu.sh)
     ENVIRONMENT["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 VOCAB_SIZE = 128
@@ -164,6 +165,13 @@ def reload_weights(model_runner: Any, weights: Iterable[tuple[str, torch.Tensor]
     model_runner.reload_weights(weights_iterator=weights)
 
 
+def cut_without_triton() -> None:
+    """Let vLLM's PyTorch code cut by top-k and top-p: its kernel takes loop counters for tensors, here they are `int`."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
+
+
 def cpu_llm(*args: Any, **kwargs: Any) -> Any:
     """
     `vllm.LLM` for a CPU. Set it as `trl.generation.vllm_generation.LLM`, and TRL's own code runs in colocate mode.
@@ -173,6 +181,8 @@ def cpu_llm(*args: Any, **kwargs: Any) -> Any:
     """
     from vllm import LLM
 
+    if SECOND_RUNNER:
+        cut_without_triton()
     llm = LLM(*args, **{"dtype": "float32", "enforce_eager": True, **kwargs})
     model_runner = llm.llm_engine.model_executor.driver_worker.model_runner
     model = model_runner.model
@@ -206,15 +216,6 @@ def close(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     gc.collect()
     cleanup_dist_env_and_memory()
-
-
-class ReloadFromFile:
-    """Extension of the server's worker (`--worker-extension-cls`), called through `/collective_rpc`."""
-
-    model_runner: Any
-
-    def reload_from_file(self, path: str) -> None:
-        reload_weights(self.model_runner, load_file(path).items())
 
 
 def push_weights(base_url: str, weights: Iterable[tuple[str, torch.Tensor]], file: Path) -> list[str]:
@@ -256,7 +257,7 @@ def serve(model_folder: Path, log: Path, *extra: str, timeout: float = 300.0) ->
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "256", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-    command += ["--enable-scale-out", "--worker-extension-cls", "cpu_engine.ReloadFromFile", *extra]
+    command += ["--enable-scale-out", "--worker-extension-cls", "server_worker.ReloadFromFile", *extra]
     python_path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path}
     with log.open("w") as output:

@@ -1,9 +1,11 @@
 """
-Sampling masks of a colocated vLLM.
+Sampling masks of a real vLLM.
 
-vLLM makes masks in its second model runner, which needs Triton and so a GPU. Here the first runner samples; it is
-asked for the processed log-probabilities of the whole vocabulary, and what is not -inf there is handed over as vLLM
-hands over a mask. What top-p and top-k keep is the engine's own.
+It makes masks in its second model runner, whose kernels run here from 0.31 on (install_vllm_cpu.sh). Before, the first
+runner samples; it is asked for the processed log-probabilities of the whole vocabulary, and what is not -inf there is
+handed over as vLLM hands over a mask. What top-p and top-k keep is the engine's own.
+
+Legend: R rows, V token ids of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from typing import Any
 
 import cpu_engine
 import pytest
+import torch
 from test_vllm_trainer import make
+
+from trl_r3.engines.vllm_client import RecordingVLLMClient
 
 pytestmark = pytest.mark.vllm
 
@@ -25,6 +30,9 @@ def masking_llm(asked: dict[str, Any]) -> Any:
     def build(*args: Any, return_sampling_mask: bool = False, **kwargs: Any) -> Any:
         asked["return_sampling_mask"] = return_sampling_mask
         kwargs.pop("enable_sleep_mode")
+        if cpu_engine.SECOND_RUNNER:
+            asked["llm"] = cpu_engine.cpu_llm(*args, return_sampling_mask=return_sampling_mask, **kwargs)
+            return asked["llm"]
         llm = cpu_engine.cpu_llm(*args, max_logprobs=-1, **kwargs)
         own_generate = llm.generate
 
@@ -89,3 +97,45 @@ def test_without_masks_every_ratio_is_off(trained):
         trainer = trained(use_sampling_mask_replay=False, use_routing_replay=True)
     assert min(differences(trainer)) > 1e-2
     assert not any("sampling/k3_kl" in log for log in trainer.state.log_history)
+
+
+def kept_by_transformers(model: Any, tokens: list[int], start: int) -> torch.Tensor:
+    """(R, V): what temperature 0.8, top-k 40 and top-p 0.8 keep of the tokens that follow, by a plain forward."""
+    _, logprobs = cpu_engine.forward_routes(model, tokens)
+    probabilities, order = (logprobs[start - 1 : -1].double() / 0.8).softmax(-1).sort(descending=True)
+    probabilities = probabilities[:, :40] / probabilities[:, :40].sum(-1, keepdim=True)
+    inside = probabilities.cumsum(-1) - probabilities < 0.8  # the least set with that mass
+    return torch.zeros_like(logprobs[start - 1 : -1], dtype=torch.bool).scatter(1, order[:, :40], inside)
+
+
+@pytest.fixture(scope="module")
+def masking_server(model_folder, tmp_path_factory):
+    if not cpu_engine.SECOND_RUNNER:
+        pytest.skip("the second model runner of this vLLM does not run on a CPU")
+    log = tmp_path_factory.mktemp("masks") / "serve.log"
+    with cpu_engine.serve(model_folder, log, "--enable-return-routed-experts", "--return-sampling-mask") as base_url:
+        yield base_url
+
+
+def test_masks_and_routes_of_a_server(masking_server, model):
+    client = RecordingVLLMClient(base_url=masking_server, routes=True, masks=True)
+    prompts = [[20 + i, 40 + 3 * i, 60, 30 + i] for i in range(6)]
+    sampling = {"n": 2, "temperature": 0.8, "top_p": 0.8, "top_k": 40, "max_tokens": 12}
+    answer = client.generate(prompts, **sampling, generation_kwargs={"ignore_eos": True})
+    routes, masks = client.take_routes(), client.take_masks()
+    completions = answer["completion_ids"]
+    assert [len(mask.counts) for mask in masks] == [len(tokens) for tokens in completions]
+    wrong = other = rows = 0
+    for index, (tokens, ids, mask) in enumerate(zip(completions, routes, masks, strict=True)):
+        mask.check(tokens, index)  # the sampled token is kept
+        sequence = [*prompts[index // 2], *tokens]
+        wrong += cpu_engine.mismatches(model, sequence, ids)[0]
+        kept_RV = kept_by_transformers(model, sequence, len(prompts[index // 2]))
+        told_RV = torch.zeros_like(kept_RV)
+        for row, kept in enumerate(torch.tensor_split(mask.ids.long(), mask.offsets[1:-1].long())):
+            told_RV[row, kept] = True
+        differing = (kept_RV != told_RV).sum(-1)
+        assert int(differing.max()) <= 1, "more than the token at the edge"
+        other, rows = other + int((differing > 0).sum()), rows + len(differing)
+    assert wrong == 0 and rows == 6 * 2 * 12
+    assert other <= rows // 50, "rounding decides about few edges"

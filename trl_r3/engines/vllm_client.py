@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from trl.generation.vllm_client import VLLMClient
 
+from .._compat import name_tokens
 from ..records.sampling_masks import SamplingMask
 from .known_routes import KnownRoutes
 from .payloads import decode_vllm_http
@@ -67,6 +68,7 @@ class RecordingVLLMClient(VLLMClient):
         choices = body.get("sampling_params", body).pop(_CHOICES, None)
         answer = super()._post(url, **kwargs)
         if choices is not None:
+            name_tokens(answer["choices"])
             choices.extend(answer["choices"])
         return answer
 
