@@ -166,7 +166,7 @@ def reload_weights(model_runner: Any, weights: Iterable[tuple[str, torch.Tensor]
 
 
 def cut_without_triton() -> None:
-    """Let vLLM's PyTorch code cut by top-k and top-p: its kernel takes loop counters for tensors, here they are `int`."""
+    """Let vLLM cut by top-k and top-p in PyTorch: its kernel takes loop counters for tensors, here they are ints."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.HAS_TRITON = False
