@@ -105,3 +105,8 @@ class InDouble(TorchFunctionMode):
         args = [torch.float64 if a is torch.float32 else a for a in args]
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return func(*args, **kwargs)
+
+
+def kept_rows(mask) -> list[list[int]]:
+    """The kept ids of a sampling mask, a list a token."""
+    return [mask.ids[a:b].tolist() for a, b in zip(mask.offsets[:-1], mask.offsets[1:], strict=True)]

@@ -131,13 +131,13 @@ def twin_of(config: Any, name: str) -> Any:
 def vllm_cells(model_type: str) -> tuple[str, str]:
     """Of capture and of weight sync; versions are named where they differ."""
     found = {version: results[model_type] for version, results in VLLM.items()}
-    wrong = [result["rows_that_differ"][0] for result in found.values() if "rows_that_differ" in result]
-    if not all(result["capture_attaches"] for result in found.values()) or any(wrong):
+    ran = [result["rows_that_differ"][0] for result in found.values() if "rows_that_differ" in result]
+    if not all(result["capture_attaches"] for result in found.values()) or any(ran):
         raise ValueError(f"capture of {model_type} does not hold, and the page has no word for it: {found}")
     weights = {version: result["weights"] for version, result in found.items()}
-    if len(set(weights.values())) > 1:
-        return "run" if wrong else "attaches", ", ".join(f"{word} ({version})" for version, word in weights.items())
-    return "run" if wrong else "attaches", next(iter(weights.values()))
+    words = set(weights.values())
+    sync = words.pop() if len(words) == 1 else ", ".join(f"{word} ({version})" for version, word in weights.items())
+    return "run" if ran else "attaches", sync
 
 
 def in_words(formula: GateFormula) -> str:

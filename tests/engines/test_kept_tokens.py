@@ -12,6 +12,7 @@ import torch
 from engines.test_rollout_tools import scripted
 from engines.tiny_chat import conversations, make_trainer
 from model_zoo import build_tiny
+from oracles import kept_rows
 
 from trl_r3 import RouterReplay, SamplingMask, Turn, stitch
 from trl_r3.engines.generate import generate_with_routes
@@ -27,10 +28,6 @@ TEMPERATURE, NEW = 0.7, 12
 def model():
     torch.manual_seed(0)
     return build_tiny("qwen3_moe").eval()
-
-
-def rows_of(mask):
-    return [mask.ids[a:b].tolist() for a, b in zip(mask.offsets[:-1], mask.offsets[1:], strict=True)]
 
 
 CUTS = {
@@ -61,7 +58,7 @@ def test_generate(model, cut):
     turn = kept.turn(prompt.tolist(), completions)
     cut_rows = 0
     for i, completion in enumerate(completions):
-        for c, row in enumerate(rows_of(turn.masks[i])):
+        for c, row in enumerate(kept_rows(turn.masks[i])):
             finite = output.scores[c][i].isfinite()
             expected = [] if bool(finite.all()) else finite.nonzero()[:, 0].tolist()
             assert row == expected
@@ -98,7 +95,7 @@ def test_masks_change_no_token_and_no_route(model):
                 finally:
                     del model.generate
                 turn = kept.turn(prompt.tolist(), sequences[:, 5:].tolist())
-                assert all(0 < len(row) < model.config.vocab_size for mask in turn.masks for row in rows_of(mask))
+                assert all(0 < len(row) < model.config.vocab_size for mask in turn.masks for row in kept_rows(mask))
             found.append((rollout.sequences, rollout.records))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][0], sequences)
@@ -142,7 +139,7 @@ def test_tool_loop(tmp_path, routes):
         completion = sample.tokens[sample.prompt_length :].tolist()
         assert len(sample.mask) == len(completion)
         tool_mask = output["tool_mask"][i][: len(completion)].tolist()
-        for token, row, drawn in zip(completion, rows_of(sample.mask), tool_mask, strict=True):
+        for token, row, drawn in zip(completion, kept_rows(sample.mask), tool_mask, strict=True):
             assert (token in row) == bool(drawn)
             sampled, said = sampled + drawn, said + (not drawn)
             assert row or not drawn
@@ -176,7 +173,7 @@ def test_turns_are_joined_by_tokens():
     two = Turn([[5, 6, 8, 9, 40, 41]], [later], [], masks=[SamplingMask.of(some_rows(later))])
     for turns in ([one, two], [two, one]):
         record = stitch(turns, [[5, 6], [5, 7]], [[8, 9, 40, 41, 12, 13], [8, 1]], None)
-        first, second = (rows_of(mask) for mask in record.masks)
+        first, second = (kept_rows(mask) for mask in record.masks)
         assert first == [*some_rows([8, 9]), [], [], *some_rows(later)[:2]]
         assert second == some_rows([8, 1])
         assert [len(each) for each in record.records] == [0, 0]
@@ -206,7 +203,7 @@ def test_vllm_masks_are_decoded():
     with capture_masks(trainer) as make_turn:
         generation.llm.generate([], None)
     turn = make_turn([[2], [2, 2], [5]], tokens)
-    assert [rows_of(mask) for mask in turn.masks] == [some_rows(each) for each in tokens]
+    assert [kept_rows(mask) for mask in turn.masks] == [some_rows(each) for each in tokens]
     assert turn.logprobs is None  # vLLM's own are over what it kept
 
 

@@ -10,15 +10,12 @@ import torch
 from engines.fake_vllm import CAPTURES, MASKS, MASKS_PATH, completion_of, fake_vllm, kept_of, routes_of
 from engines.tiny_chat import WatchedGRPO
 from engines.watch import assert_replayed
+from oracles import kept_rows
 
 from trl_r3.engines.vllm_client import RecordingVLLMClient
 
 PROMPTS = [[20 + i] * (1 + i % 4) for i in range(24)]
 INFO = {False: {"model_config": dict(MASKS)}, True: {"model_config": {**CAPTURES, **MASKS}}}
-
-
-def rows_of(mask) -> list[list[int]]:
-    return [sorted(row.tolist()) for row in torch.tensor_split(mask.ids, mask.offsets[1:-1].long())]
 
 
 @pytest.mark.parametrize(("routes", "version"), [(False, "0.30.0"), (True, "0.30.0"), (True, "0.32.0")])
@@ -32,7 +29,7 @@ def test_masks_in_order(installed, routes, version):
     assert sorted(request["token_ids"] for request in fake.requests) == PROMPTS
     assert (answer["prompt_ids"], answer["completion_ids"]) == (PROMPTS, completions)
     assert answer["logprobs"] == [[[-0.5 - 0.01 * token] for token in tokens] for tokens in completions]
-    assert [rows_of(mask) for mask in client.take_masks()] == [kept_of(tokens) for tokens in completions]
+    assert [kept_rows(mask) for mask in client.take_masks()] == [kept_of(tokens) for tokens in completions]
     assert client.take_masks() == [], "masks are handed over once"
     sequences = [prompt + completion_of(prompt, index) for prompt in PROMPTS for index in range(3)]
     assert [ids.tolist() for ids in client.take_routes()] == [routes_of(s).tolist() for s in sequences if routes]

@@ -16,6 +16,7 @@ from typing import Any
 import cpu_engine
 import pytest
 import torch
+from oracles import kept_rows
 from test_vllm_trainer import make
 
 from trl_r3.engines.vllm_client import RecordingVLLMClient
@@ -132,7 +133,7 @@ def test_masks_and_routes_of_a_server(masking_server, model):
         wrong += cpu_engine.mismatches(model, sequence, ids)[0]
         kept_RV = kept_by_transformers(model, sequence, len(prompts[index // 2]))
         told_RV = torch.zeros_like(kept_RV)
-        for row, kept in enumerate(torch.tensor_split(mask.ids.long(), mask.offsets[1:-1].long())):
+        for row, kept in enumerate(kept_rows(mask)):
             told_RV[row, kept] = True
         differing = (kept_RV != told_RV).sum(-1)
         assert int(differing.max()) <= 1, "more than the token at the edge"

@@ -71,7 +71,7 @@ def read_model(name: str, job: Job) -> ModelFacts:
     """
     config = _read_config(name)
     try:
-        model = _build(config, "meta")
+        model = _without_weights(config)
         refuse_dense(model)
         # found by the package's own search, as a job finds it: on a twin of the real depth, experts and top-k
         with RouterReplay(narrow_twin(config, name), "intercept") as replay:
@@ -111,13 +111,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300].rstrip(".")
 
 
-def _build(config: Any, device: str) -> Any:
+def _without_weights(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     causal = type(config) in AutoModelForCausalLM._model_mapping
     named = (getattr(config, "architectures", None) or [""])[0]
     auto = AutoModelForCausalLM if causal and not named.endswith("ForConditionalGeneration") else None
-    with torch.device(device):
+    with torch.device("meta"):
         return (auto or AutoModelForImageTextToText).from_config(config, dtype=torch.float32)
 
 

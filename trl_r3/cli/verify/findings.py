@@ -190,24 +190,18 @@ def mismatch_finding(
         return Finding(name, "not judged", seen)
     if k3 <= bound:
         return Finding(name, "right", seen)
-    seen += f", expected a k3 of {bound:g} at most"
-    if of_padding > bound:
-        return Finding(
-            name,
-            "wrong",
-            seen,
-            "the forward of this model depends on padding: a sample scored alone and behind padding differs by a k3 "
-            f"of {of_padding:.2e}, with live routing",
-            "train on prompts of one length, or with a Transformers whose forward of this model leaves padding out",
-        )
-    return Finding(
-        name,
-        "wrong",
-        seen,
+    cause, remedy = (
         "rollout and training score the same tokens differently, and routing does not explain it: other weights, "
         "log-probabilities of another kind, or a forward that depends on padding or on the cache",
         "mend what else is wrong here first; then check that the engine serves these weights",
     )
+    if of_padding > bound:
+        cause, remedy = (
+            "the forward of this model depends on padding: a sample scored alone and behind padding differs by a k3 "
+            f"of {of_padding:.2e}, with live routing",
+            "train on prompts of one length, or with a Transformers whose forward of this model leaves padding out",
+        )
+    return Finding(name, "wrong", f"{seen}, expected a k3 of {bound:g} at most", cause, remedy)
 
 
 def changed_finding(changed: int, compared: int) -> Finding:
