@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,15 +13,15 @@ from engines.fake_vllm import fake_vllm, npy_base64
 from misrouted import engine_of
 from model_zoo import build_tiny
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from trl.generation import vllm_client
 
 from trl_r3 import RouterReplay
 from trl_r3.cli import command as cli
 from trl_r3.cli.demo.model import qwen3_config
 from trl_r3.cli.models import LoadedModel
-from trl_r3.cli.verify import sample, training, verify
-from trl_r3.cli.verify.engines import transformers_rollout
+from trl_r3.cli.verify import engines, sample, training, verify
+from trl_r3.cli.verify.engines import continuous_rollout, transformers_rollout
 from trl_r3.cli.verify.rollout import TEMPERATURE, Sampling, generated_prompts
 from trl_r3.routers import router_replay
 from trl_r3.routers.interception import Router
@@ -94,6 +95,42 @@ def test_a_right_rollout_passes(loaded, precision):
     assert k3(report, "replayed") < k3(report, "live")
     assert [layer.layer for layer in report.layers] == [1, 2, 3]
     assert all(layer.other_ids == 0 and layer.agreement > 0.5 for layer in report.layers)
+
+
+@contextmanager
+def that_ends_early(model):
+    """The end of a text is its likeliest token, as of a model that has learned to stop."""
+
+    def raise_the_end(module, args, logits):
+        logits = logits.clone()
+        logits[..., model.config.eos_token_id] += 2.0
+        return logits
+
+    handle = model.get_output_embeddings().register_forward_hook(raise_the_end)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("generate", [transformers_rollout, continuous_rollout])
+def test_a_model_that_ends_its_texts(loaded, generate):
+    with RouterReplay(loaded.model) as replay, that_ends_early(loaded.model):
+        rollout = generate(loaded.model, replay, Sampling(generated_prompts(loaded.model)))
+        report = verify(loaded, replay, rollout)
+    assert [len(ids) for ids in rollout.completion_ids] == [32] * 16  # it goes on behind an end
+    assert sum(ids.count(loaded.model.config.eos_token_id) for ids in rollout.completion_ids) > 100
+    assert wrong(report) == {}
+    assert "drawn at 0.7" in by_name(report)["log-probabilities"].seen
+
+
+def test_ends_that_were_forbidden(loaded, monkeypatch):
+    """The wrong variant: those tokens come from a cut distribution."""
+    forbid = partial(GenerationConfig, min_new_tokens=32)
+    monkeypatch.setattr(engines, "GenerationConfig", lambda **kwargs: forbid(**{**kwargs, "eos_token_id": 0}))
+    with that_ends_early(loaded.model):
+        found = wrong(report_of(loaded, rollout_of(loaded.model)))
+    assert "or the engine truncates the distribution" in found["log-probabilities"]
 
 
 def test_the_model_is_left_as_it_was(loaded, engine):

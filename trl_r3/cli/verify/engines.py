@@ -38,7 +38,7 @@ def transformers_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -
     for row, prompt in enumerate(sampling.prompt_ids):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    config = _generation_config(sampling, min_new_tokens=sampling.new_tokens)
+    config = _generation_config(model, sampling)
     kwargs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "generation_config": config}
     rollout = generate_with_routes(
         model, replay, model.generate, (), kwargs, temperature=sampling.temperature, mask_after_end=False
@@ -61,7 +61,7 @@ def continuous_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -> 
     with torch.no_grad(), recorded_batches(replay, sampling.temperature) as recorded:
         outputs = model.generate_batch(
             sampling.prompt_ids,
-            generation_config=_generation_config(sampling),
+            generation_config=_generation_config(model, sampling),
             continuous_batching_config=config,
             progress_bar=False,
         )
@@ -75,7 +75,13 @@ def continuous_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -> 
     )
 
 
-def _generation_config(sampling: Sampling, **settings: Any) -> GenerationConfig:
+def _generation_config(model: Any, sampling: Sampling) -> GenerationConfig:
+    """
+    From the whole vocabulary, and on behind an end of text, as vLLM does with `ignore_eos`.
+
+    `min_new_tokens` would forbid the end: those tokens come from a cut distribution, and training scores the whole one.
+    `None` would be filled in from the model's own configuration.
+    """
     return GenerationConfig(
         do_sample=True,
         temperature=sampling.temperature,
@@ -84,7 +90,7 @@ def _generation_config(sampling: Sampling, **settings: Any) -> GenerationConfig:
         repetition_penalty=1.0,
         max_new_tokens=sampling.new_tokens,
         pad_token_id=0,
-        **settings,
+        eos_token_id=model.config.get_text_config().vocab_size,  # an id that no token has
     )
 
 
