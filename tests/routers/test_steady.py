@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from oracles import (
     stacked,
     use_checkpointing,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from trl_r3 import disable_routing_replay, enable_routing_replay
+from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
+from trl_r3._compat import swapped
 
 RECOMPUTING = CHECKPOINTING[1:]
 
@@ -109,6 +112,42 @@ def test_two_forwards_before_their_backwards(model, ids, kind, expected):
         one.backward()
     assert torch.equal(as_sets(stacked(again, 2, 0)), as_sets(stacked(second, 2)))
     assert torch.equal(as_sets(stacked(again, 2, 1)), as_sets(stacked(first, 2)))
+
+
+class CountedOperators(TorchDispatchMode):
+    """How many operators run: what a step costs where arithmetic costs nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(model, ids, context):
+    """Of a forward, and of its backward with the recomputes."""
+    model.zero_grad()
+    with CountedOperators() as forward, context:
+        loss = model(ids, labels=ids, use_cache=False).loss
+    with CountedOperators() as backward:
+        loss.backward()
+    return forward.count, backward.count
+
+
+@pytest.mark.parametrize("kind", RECOMPUTING)
+def test_it_costs_a_capture_and_a_replayed_recompute(model, ids, kind):
+    use_checkpointing(model, kind)
+    with RouterReplay(model) as replay:
+        with replay.record() as recorded, torch.no_grad():
+            model(ids)
+        live = operators(model, ids, nullcontext())
+        captured, _ = operators(model, ids, replay.record())
+        _, replayed = operators(model, ids, replay.replay(recorded.routed_experts))
+        steady = operators(model, ids, swapped(replay, "steady_recompute", True))
+    assert live[0] < steady[0] <= captured
+    assert live[1] < steady[1] <= replayed
 
 
 def test_a_recompute_that_it_does_not_know_is_an_error(qwen, ids):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ _TARGETS = {"intercept": 0.04, "op": 0.025}
 def launches(settings: BenchSettings) -> list[Finding]:
     """Shares of a live forward and backward, in a model of many layers that sees few tokens."""
     sizes = replace(settings, hidden_size=64, num_layers=settings.launch_layers, batch=1, length=8)
+    rounds = settings.launch_rounds
     findings = []
     for way in ("intercept", *(["op"] if "cpu" in native_kernels() else [])):
         # live is the same model with its handle idle: two copies of a model differ by more than replay costs
@@ -31,63 +32,66 @@ def launches(settings: BenchSettings) -> list[Finding]:
         ids = random_ids(model, sizes.batch, sizes.length)
         with RouterReplay(model, way) as replay:
             record = record_of(model, replay, ids)
-            contexts: dict[str, Callable[[], Any]] = {"live": nullcontext, "replay": partial(replay.replay, record)}
-            step = _medians({k: _step(model, ids, each) for k, each in contexts.items()}, settings.launch_rounds)
-            forwards = {"live": _forward(model, ids, nullcontext), "capture": _forward(model, ids, replay.record)}
-            forward = _medians(forwards, settings.launch_rounds)
+            replays: dict[str, Callable[[], Any]] = {"live": nullcontext, "replay": partial(replay.replay, record)}
+            captures = {"live": nullcontext, "capture": replay.record}
+            steps = _medians(partial(_step, model, ids), replays, rounds)
+            of_forwards = _medians(partial(_step, model, ids, forward_only=True), captures, rounds)
+            forwards = {name: each.forward for name, each in of_forwards.items()}
             set_checkpointing(model, {"use_reentrant": False})
-            back = _medians({k: _step(model, ids, each, True) for k, each in contexts.items()}, settings.launch_rounds)
-            contexts = {"live": nullcontext, "steady": partial(swapped, replay, "steady_recompute", True)}
-            whole = _medians({k: _step(model, ids, each) for k, each in contexts.items()}, settings.launch_rounds)
-        live, target = step["live"], _TARGETS[way]
+            contexts = {**replays, **captures, "steady": partial(swapped, replay, "steady_recompute", True)}
+            parts = _medians(partial(_step, model, ids), contexts, rounds)
+        live = steps["live"].step
+        recompute = (parts["replay"].backward - parts["live"].backward) / live
         findings += [
             Finding(f"launches, {way}: microseconds of a live step, a layer", live / sizes.num_layers * 1e6),
-            Finding(f"launches, {way}: replay over a live step", step["replay"] / live - 1, target),
-            Finding(f"launches, {way}: recompute over a live step", (back["replay"] - back["live"]) / live, 0.02),
-            Finding(f"launches, {way}: capture over a forward", forward["capture"] / forward["live"] - 1, 0.01),
-            Finding(
-                f"launches, {way}: steady recompute over a live step", (whole["steady"] - whole["live"]) / live, 0.03
-            ),
+            Finding(f"launches, {way}: replay over a live step", steps["replay"].step / live - 1, _TARGETS[way]),
+            Finding(f"launches, {way}: recompute over a live step", recompute, 0.02),
+            Finding(f"launches, {way}: capture over a forward", forwards["capture"] / forwards["live"] - 1, 0.01),
         ]
+        if way == "intercept":  # the op has no part in steady recomputes
+            capture = (parts["capture"].forward - parts["live"].forward) / live
+            steady = (parts["steady"].step - parts["live"].step) / live
+            findings += [
+                Finding("launches: capture of a training forward over a live step", capture),
+                Finding(
+                    "launches: steady recompute over a live step (target: capture and recompute)",
+                    steady,
+                    capture + recompute,
+                ),
+            ]
     return findings
 
 
-def _step(model: Any, ids: Tensor, context: Callable[[], Any], backward_only: bool = False) -> Callable[[], float]:
-    """Processor seconds of a forward and backward, or of the backward alone."""
+class _Seconds(NamedTuple):
+    """Processor seconds."""
 
-    def run() -> float:
-        begin = time.process_time()
-        with context():
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        if backward_only:
-            begin = time.process_time()
+    forward: float
+    backward: float
+    step: float
+
+
+def _step(model: Any, ids: Tensor, context: Callable[[], Any], forward_only: bool = False) -> _Seconds:
+    """Of a forward and backward, or of a forward that builds no graph."""
+    begin = time.process_time()
+    with torch.set_grad_enabled(not forward_only), context():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    between = time.process_time()
+    if not forward_only:
         loss.backward()
-        seconds = time.process_time() - begin
-        model.zero_grad()
-        return seconds
-
-    return run
+    end = time.process_time()
+    model.zero_grad()
+    return _Seconds(between - begin, end - between, end - begin)
 
 
-def _forward(model: Any, ids: Tensor, context: Callable[[], Any]) -> Callable[[], float]:
-    """Processor seconds of a forward without gradients."""
-
-    def run() -> float:
-        begin = time.process_time()
-        with torch.no_grad(), context():
-            model(input_ids=ids, use_cache=False)
-        return time.process_time() - begin
-
-    return run
-
-
-def _medians(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median of each over so many rounds, in which every run has its turn and none always follows the same other."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+def _medians(
+    run: Callable[[Callable[[], Any]], _Seconds], contexts: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, _Seconds]:
+    """Medians of each over so many rounds, in which every context has its turn, forwards and backwards in order."""
+    taken: dict[str, list[_Seconds]] = {name: [] for name in contexts}
+    names = list(contexts)
     for turn in range(rounds + 3):
         for name in names if turn % 2 else reversed(names):
-            taken = runs[name]()
+            seconds = run(contexts[name])
             if turn >= 3:  # the first ones warm up
-                seconds[name].append(taken)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                taken[name].append(seconds)
+    return {name: _Seconds(*map(statistics.median, zip(*each, strict=True))) for name, each in taken.items()}

@@ -79,8 +79,8 @@ def _generation_config(model: Any, sampling: Sampling) -> GenerationConfig:
     """
     From the whole vocabulary, and on behind an end of text, as vLLM does with `ignore_eos`.
 
-    `min_new_tokens` would forbid the end: those tokens come from a cut distribution, and training scores the whole one.
-    `None` would be filled in from the model's own configuration.
+    `min_new_tokens` would forbid the end: what it draws comes from a cut distribution, and training scores the whole
+    one. `None` would be filled in from the model's own configuration.
     """
     return GenerationConfig(
         do_sample=True,
