@@ -184,6 +184,31 @@ def test_a_colocated_engine_has_its_own_weights(qwen):
     assert estimate(qwen, Job(prompts=1, engine_share=0.5, gpu_memory=141)).engine_fits
 
 
+def test_an_engine_on_each_gpu_holds_all_of_them(qwen):
+    """More GPUs give it no room; tensor parallelism does."""
+    settings = {"prompts": 8, "gpus": 8, "strategy": "fsdp2", "engine_share": 0.3}
+    assert not estimate(qwen, Job(**settings)).engine_fits  # 61 GB in 24 GB
+    assert not estimate(qwen, Job(**settings, engine_tensor_parallel=2)).engine_fits
+    assert estimate(qwen, Job(**settings, engine_tensor_parallel=4)).engine_fits
+
+
+def test_an_engine_that_is_split_is_a_remedy(qwen):
+    job = Job(prompts=8, gpus=8, strategy="fsdp2", lora_rank=16, engine_share=0.3)
+    assert [remedy.change for remedy in remedies(read_model(qwen.name, job), job)] == [
+        "split vLLM's weights over 4 GPUs (`--engine-tensor-parallel 4`)",
+        "split vLLM's weights over 8 GPUs (`--engine-tensor-parallel 8`)",
+        "serve vLLM on other GPUs (`--engine-share 0`)",
+    ]
+
+
+def test_remedies_of_a_served_engine_name_the_server(qwen):
+    job = Job(prompts=8, gpus=4, strategy="fsdp2", engine_share=0.3)
+    assert [remedy.change for remedy in remedies(qwen, job)] == [
+        "serve vLLM on other GPUs (`--engine-share 0`) and raise `--gpus` from 4 to 8 (`--gpus 8 --strategy fsdp2`)",
+        "serve vLLM on other GPUs (`--engine-share 0`) and train adapters (`--strategy fsdp2 --lora-rank 16`)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -195,6 +220,10 @@ def test_a_colocated_engine_has_its_own_weights(qwen):
         (["--bandwidth", "nan"], "`--bandwidth` is nan"),
         (["--reserve", "1.5"], "`--reserve` is 1.5"),
         (["--load-in-4bit"], "needs LoRA"),
+        (
+            ["--gpus", "8", "--engine-tensor-parallel", "3"],
+            "`--engine-tensor-parallel` is 3, but it has to divide the 8",
+        ),
         (["--strategy", "lora", "--lora-target-modules", "w_42"], "`--lora-target-modules` does not fit"),
     ],
 )

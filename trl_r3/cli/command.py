@@ -92,6 +92,9 @@ def _add_plan(commands: Any) -> None:
         "--engine-share", type=float, default=0.0, help="share of a GPU for a colocated vLLM (default: %(default)s)"
     )
     plan.add_argument(
+        "--engine-tensor-parallel", type=int, default=1, help="GPUs that split its weights (default: %(default)s)"
+    )
+    plan.add_argument(
         "--bandwidth", type=float, default=25.0, help="GB a second from host to device (default: %(default)s)"
     )
     plan.add_argument(

@@ -41,6 +41,8 @@ class Job:
             Share of the GPU that is left to activations and logits.
         engine_share (`float`):
             Share of the GPU that a colocated vLLM takes (`vllm_gpu_memory_utilization`); 0 for a server.
+        engine_tensor_parallel (`int`):
+            GPUs that its copy of the weights is split over (`vllm_tensor_parallel_size`).
         bandwidth (`float`):
             GB a second from host to device.
         spill (`bool`):
@@ -62,6 +64,7 @@ class Job:
     host_memory: float = 512.0
     reserve: float = 0.15
     engine_share: float = 0.0
+    engine_tensor_parallel: int = 1
     bandwidth: float = 25.0
     spill: bool = False
 
@@ -83,6 +86,11 @@ class Job:
             raise PlanError(
                 f"`--reserve` {self.reserve:g} and `--engine-share` {self.engine_share:g} leave nothing of the GPU: "
                 "lower one of them."
+            )
+        if min(self.gpus, self.gpus_per_host) % self.engine_tensor_parallel:
+            raise PlanError(
+                f"`--engine-tensor-parallel` is {self.engine_tensor_parallel}, but it has to divide the "
+                f"{min(self.gpus, self.gpus_per_host)} GPUs of a host: set a divisor, or `--gpus` to a multiple."
             )
         if self.load_in_4bit and not self.rank:
             raise PlanError("`--load-in-4bit` freezes what it quantizes, so it needs LoRA: add `--lora-rank 16`.")

@@ -100,7 +100,7 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
     ranks = min(job.gpus, job.gpus_per_host)
     token_ids = job.samples_of_a_rank * job.tokens * _TOKEN_IDS
     weights, gradients, optimizer, gathered = _states(model, job)
-    engine = model.parameters * 2 / min(job.gpus, job.gpus_per_host)
+    engine = model.parameters * 2 / job.engine_tensor_parallel
     return Plan(
         record_a_token=a_token,
         records=job.samples * job.tokens * a_token,

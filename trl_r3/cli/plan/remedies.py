@@ -10,6 +10,7 @@ from .memory import Plan, estimate
 from .model import ModelFacts, read_model
 
 _MOST_GPUS = 1024
+_SERVE = "serve vLLM on other GPUs (`--engine-share 0`)"
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,19 @@ def _for_gpu(plan: Plan, model: ModelFacts, job: Job) -> Iterator[tuple[str, Job
     if not plan.gpu_missing and plan.engine_fits:
         yield "", job
         return
-    if job.engine_share:
-        yield "serve vLLM on other GPUs (`--engine-share 0`)", replace(job, engine_share=0.0)
-        job = replace(job, engine_share=0.0)
+    if not job.engine_share:
+        yield from _for_training(model, job)
+        return
+    yield from _split_engines(job)
+    served = replace(job, engine_share=0.0, engine_tensor_parallel=1)
+    yield _SERVE, served
+    if not estimate(model, served).fits:
+        for change, changed in _for_training(model, served):
+            yield f"{_SERVE} and {change}", changed
+
+
+def _for_training(model: ModelFacts, job: Job) -> Iterator[tuple[str, Job]]:
+    """Changes of weights, gradients and optimizer."""
     if job.dtype == "float32" and job.strategy in ("ddp", "lora"):
         yield "load the weights in bfloat16 (`--dtype bfloat16`)", replace(job, dtype="bfloat16")
     base = replace(job, strategy="ddp", lora_rank=16) if job.strategy == "lora" else job
@@ -81,6 +92,17 @@ def _for_gpu(plan: Plan, model: ModelFacts, job: Job) -> Iterator[tuple[str, Job
         adapters = "lora" if job.gpus == 1 else "fsdp2"
         option = "--strategy lora" if job.gpus == 1 else "--strategy fsdp2 --lora-rank 16"
         yield f"train adapters (`{option}`)", replace(job, strategy=adapters, lora_rank=16)
+
+
+def _split_engines(job: Job) -> Iterator[tuple[str, Job]]:
+    """More GPUs to each colocated engine, the fewest first."""
+    of_a_host = min(job.gpus, job.gpus_per_host)
+    for gpus in range(job.engine_tensor_parallel + 1, of_a_host + 1):
+        if of_a_host % gpus == 0:
+            yield (
+                f"split vLLM's weights over {gpus} GPUs (`--engine-tensor-parallel {gpus}`)",
+                replace(job, engine_tensor_parallel=gpus),
+            )
 
 
 def _enough_gpus(model: ModelFacts, job: Job) -> int | None:

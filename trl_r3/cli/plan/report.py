@@ -75,7 +75,7 @@ def _problems(model: ModelFacts, job: Job, plan: Plan) -> list[str]:
     if not plan.engine_fits:
         found.append(
             f"It does not fit: a colocated vLLM has {_gb(job.engine_share * job.gpu_memory * GB)} of each GPU, less "
-            f"than its share of {_gb(model.parameters * 2)} of weights in bfloat16."
+            f"than its share of {_gb(model.parameters * 2)} of weights in bfloat16, 1 / {job.engine_tensor_parallel}."
         )
     return found
 
