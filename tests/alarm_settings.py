@@ -211,7 +211,7 @@ makes itself are logged.
 | statistic | definition | right | wrong |
 |---|---|---|---|
 | `routing_replay/agreement` | kappa: overlap of live and recorded experts beyond chance | 0.5 or more | below |
-| `routing_replay/contrast` | overlap less that with the record moved by one token | above 0, pooled | below |
+| `routing_replay/contrast` | overlap less that with the record moved by one token | above 0 over all layers | below |
 
 kappa = (o - c) / (1 - c), where o is the mean share of the K experts that live routing and record have in common, and
 c the sum over experts of (share of rows that have it live) x (share that have it recorded) / K: what these very rows
@@ -221,11 +221,14 @@ Each sample with 250 (row, layer) pairs is judged as well, over all its layers, 
 250 rows a rollout waits for later ones. A fault misses its bound by two standard errors at least, for which equal rows
 count once: a sample that repeats one token is one observation.
 
-A layer in which two tokens share more than 0.9 of their live experts says nothing: in a collapsed router a right and a
-wrong record are the same. Where routers have half collapsed, the rounding of a rollout moves the edge of the top-k for
-all tokens at once, and kappa falls to 0 with a right record. A layer is wrong only if its overlap is below 0.5, or
-below half of what is possible given how often each expert is selected on either side (between chance and that); a
-constant record, only where two tokens differ in 0.25 of their live experts.
+Collapsed routers are judged with more care:
+
+* A router that sends all tokens to the same experts cannot tell a right record from a wrong one. A layer in which two
+  tokens share more than 0.9 of their live experts is not judged.
+* In a half collapsed router the rounding of a rollout moves the edge of the top-k for all tokens at once, so kappa
+  falls to 0 with a right record. So a layer has to fail in one more way: its overlap o is below 0.5, or below the
+  middle between chance c and the most that is possible, given how often each expert is selected on either side.
+* A record that holds one row for all tokens is called wrong only where two tokens differ in 0.25 of their experts.
 
 ## Measured
 

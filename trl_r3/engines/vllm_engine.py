@@ -77,6 +77,6 @@ def masking_vllm(args: Any) -> Iterator[None]:
 def _check_installed() -> None:
     if not is_vllm_available():
         raise ImportError(
-            "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl-r3[vllm]'`, or set "
+            "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl[vllm]'`, or set "
             "`use_vllm=False`."
         )

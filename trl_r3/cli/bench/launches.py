@@ -32,30 +32,28 @@ def launches(settings: BenchSettings) -> list[Finding]:
         ids = random_ids(model, sizes.batch, sizes.length)
         with RouterReplay(model, way) as replay:
             record = record_of(model, replay, ids)
-            replays: dict[str, Callable[[], Any]] = {"live": nullcontext, "replay": partial(replay.replay, record)}
-            captures = {"live": nullcontext, "capture": replay.record}
-            steps = _medians(partial(_step, model, ids), replays, rounds)
-            of_forwards = _medians(partial(_step, model, ids, forward_only=True), captures, rounds)
-            forwards = {name: each.forward for name, each in of_forwards.items()}
+            replays: dict[str, Callable[[], Any]] = {"replay": partial(replay.replay, record)}
+            captures = {"capture": replay.record}
+            whole = _beyond_live(partial(_step, model, ids), replays, rounds)
+            forward = _beyond_live(partial(_step, model, ids, forward_only=True), captures, rounds)
             set_checkpointing(model, {"use_reentrant": False})
             contexts = {**replays, **captures, "steady": partial(swapped, replay, "steady_recompute", True)}
-            parts = _medians(partial(_step, model, ids), contexts, rounds)
-        live = steps["live"].step
-        recompute = (parts["replay"].backward - parts["live"].backward) / live
+            parts = _beyond_live(partial(_step, model, ids), contexts, rounds)
+        live = whole["live"].step
+        recompute = parts["replay"].backward / live
         findings += [
             Finding(f"launches, {way}: microseconds of a live step, a layer", live / sizes.num_layers * 1e6),
-            Finding(f"launches, {way}: replay over a live step", steps["replay"].step / live - 1, _TARGETS[way]),
+            Finding(f"launches, {way}: replay over a live step", whole["replay"].step / live, _TARGETS[way]),
             Finding(f"launches, {way}: recompute over a live step", recompute, 0.02),
-            Finding(f"launches, {way}: capture over a forward", forwards["capture"] / forwards["live"] - 1, 0.01),
+            Finding(f"launches, {way}: capture over a forward", forward["capture"].step / forward["live"].step, 0.01),
         ]
         if way == "intercept":  # the op has no part in steady recomputes
-            capture = (parts["capture"].forward - parts["live"].forward) / live
-            steady = (parts["steady"].step - parts["live"].step) / live
+            capture = parts["capture"].forward / live
             findings += [
                 Finding("launches: capture of a training forward over a live step", capture),
                 Finding(
                     "launches: steady recompute over a live step (target: capture and recompute)",
-                    steady,
+                    parts["steady"].step / live,
                     capture + recompute,
                 ),
             ]
@@ -83,15 +81,21 @@ def _step(model: Any, ids: Tensor, context: Callable[[], Any], forward_only: boo
     return _Seconds(between - begin, end - between, end - begin)
 
 
-def _medians(
+def _beyond_live(
     run: Callable[[Callable[[], Any]], _Seconds], contexts: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[str, _Seconds]:
-    """Medians of each over so many rounds, in which every context has its turn, forwards and backwards in order."""
-    taken: dict[str, list[_Seconds]] = {name: [] for name in contexts}
-    names = list(contexts)
+    """
+    What each context takes more than a live run of the same round, and `"live"` itself: medians over the rounds.
+
+    Of each round, because a machine is faster in one minute than in another by more than replay costs.
+    """
+    taken: dict[str, list[_Seconds]] = {name: [] for name in ("live", *contexts)}
     for turn in range(rounds + 3):
-        for name in names if turn % 2 else reversed(names):
-            seconds = run(contexts[name])
-            if turn >= 3:  # the first ones warm up
-                taken[name].append(seconds)
+        order = list(contexts) if turn % 2 else list(reversed(contexts))
+        before, after = run(nullcontext), {name: run(contexts[name]) for name in order}
+        if turn < 3:  # the first ones warm up
+            continue
+        taken["live"].append(before)
+        for name, seconds in after.items():
+            taken[name].append(_Seconds(*(a - b for a, b in zip(seconds, before, strict=True))))
     return {name: _Seconds(*map(statistics.median, zip(*each, strict=True))) for name, each in taken.items()}

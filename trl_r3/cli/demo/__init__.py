@@ -11,7 +11,7 @@ LAYOUT = {
     "table.md": "the table above",
     "plot.png": "mismatch and reward by step",
     "log.json": "settings, versions, every measurement and everything TRL logged",
-    "start/": "the model that both runs start from (try `trl-r3 check` on it)",
+    "start/": "the model that both runs start from (try `trl-r3 verify` on it)",
 }
 
 

@@ -100,7 +100,7 @@ def vllm_rollout(model: Any, name: str, sampling: Sampling) -> VerifiedRollout:
         import vllm
     except ImportError as error:
         raise BadInput(
-            "vLLM is not installed. Install it with `pip install 'trl-r3[vllm]'`, or pass another `--engine`."
+            "vLLM is not installed. Install it with `pip install 'trl[vllm]'`, or pass another `--engine`."
         ) from error
     try:
         check_vllm_version(vllm.__version__)

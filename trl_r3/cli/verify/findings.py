@@ -135,8 +135,10 @@ def agreement_finding(statistics: Verdict | None, verdict: Verdict | None, rows:
     """Whether the record belongs to its tokens: the alarm's judgement, in its words."""
     if statistics is None:
         return Finding("agreement", "not judged", "no row has a record on both sides")
-    seen = f"agreement (kappa) {statistics.agreement:.2f} or more, contrast {statistics.pooled_contrast:.2f} pooled"
-    seen += f", over {rows} rows"
+    seen = (
+        f"agreement (kappa) {statistics.agreement:.2f} or more in each layer, contrast "
+        f"{statistics.pooled_contrast:.2f} over all of them, {rows} rows"
+    )
     if verdict is None:
         return Finding("agreement", "not judged", f"{seen}: too few to judge")
     if verdict.fault is None:
