@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import accelerate
@@ -26,6 +27,7 @@ import trl
 from model_zoo import build_tiny
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
 from transformers.distributed import DistributedConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, requests
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
@@ -147,6 +149,15 @@ def imports(module, name: str, source: str) -> bool:
     """Whether a module takes a name from another one, be that installed or not."""
     nodes = [node for node in ast.walk(tree(module)) if isinstance(node, ast.ImportFrom)]
     return any(node.module == source and name in [alias.name for alias in node.names] for node in nodes)
+
+
+def zero_says(module: str, text: str) -> bool:
+    """Whether a file of DeepSpeed's ZeRO has this text, where it is installed. Importing it would patch PyTorch."""
+    found = find_spec("deepspeed")
+    if found is None:
+        return True
+    (package,) = found.submodule_search_locations
+    return text in (Path(package) / "runtime" / "zero" / f"{module}.py").read_text()
 
 
 @dataclass(frozen=True)
@@ -410,6 +421,20 @@ SEAMS = [
     ),
     Seam("_compat.py", "torch.nn.Module._compiled_call_impl", compiled_calls_are_seen),
     Seam("_compat.py", "accelerate.cpu_offload sets _hf_hook.execution_device", offloading_is_seen),
+    Seam("_compat.py", "torch.distributed.fsdp.FSDPModule.reshard()", lambda: takes(FSDPModule.reshard)),
+    *(
+        Seam("trainers/attaching.py", f"{trainer.__name__} sets deepspeed", lambda t=trainer: sets(t, "deepspeed"))
+        for trainer in TRAINERS
+    ),
+    *(
+        Seam("_compat.py", f"deepspeed.runtime.zero.{module} has {text}", lambda m=module, t=text: zero_says(m, t))
+        for module, text in (
+            ("stage3", "self.parameter_offload"),
+            ("parameter_offload", "def get_param_coordinator(self)"),
+            ("partitioned_param_coordinator", "def is_invalid_trace(self)"),
+            ("partitioned_param_coordinator", "def _invalidate_trace(self)"),
+        )
+    ),
     Seam(
         "_compat.py",
         "transformers.distributed.DistributedConfig has pp_size, accelerate.prepare_pippy sets hf_split_points",

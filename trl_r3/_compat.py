@@ -50,6 +50,31 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if device is None else torch.device(device)
 
 
+def shard_again(model: nn.Module) -> None:
+    """
+    Split weights that FSDP2 leaves whole after a forward without a backward: those of its root, whose readers (TRL's
+    synchronisation of weights) expect shards. Goes when FSDP2 splits them after any forward without gradients.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def forget_forwards(engine: Any) -> None:
+    """
+    Let DeepSpeed's ZeRO-3 fetch weights as if no forward had been run. It fetches ahead what the forwards before used,
+    the head too, which TRL's losses gather themselves, and a weight on its way cannot be partitioned when they are
+    done. Goes when `deepspeed.zero.GatheredParameters` takes weights that are on their way.
+    """
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    coordinator = None if offload is None else offload.get_param_coordinator()
+    if coordinator is not None and not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
 def pipeline_size(model: nn.Module) -> int:
     """
     Over how many processes the decoder layers are spread: by Transformers, or by Accelerate's `prepare_pippy`, which

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines.fake_vllm import fake_vllm
 from engines.tiny_chat import tiny_qwen3_moe
 from safetensors.torch import load_file
 from sharded.launching import CONFIGS, HERE, accelerate_launch, needs_deepspeed, start
@@ -93,6 +94,25 @@ def test_two_processes_learn_what_one_learns(folder, alone, name):
     for key, value in trained(folder, f"{name} {lora}".replace(" ", "_"), lora).items():
         torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
         assert lora or not key.endswith("o_proj.weight") or not torch.allclose(value, start[key], atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_rollouts_of_a_server(folder, alone, config):
+    """The main process asks for all, each process replays its own, and whole weights go to the server in between."""
+    lora, expected, weights = alone
+    with fake_vllm() as server:
+        options = ["--server", server.base_url, "--checkpointing", "non-reentrant", *["--lora"] * lora]
+        ranks = launch(folder, config, f"{config}_server_{lora}", *options)
+    for report in ranks:
+        assert report["wrong"] == 0 < report["compared"]
+        for log, own in zip(report["log"], expected["log"], strict=True):
+            assert log["routing_replay/replayed_frac"] == 1
+            for metric in ("loss", "grad_norm", "entropy"):
+                assert log[metric] == pytest.approx(own[metric], rel=1e-5, abs=1e-6), metric
+    shapes = {name: list(parameter.shape) for name, parameter in tiny_qwen3_moe().named_parameters()}
+    assert [report["sent"] for report in ranks] == [[shapes] * (STEPS // 2), []]  # one process sends
+    for key, value in trained(folder, f"{config}_server_{lora}", lora).items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])

@@ -2,7 +2,7 @@
 
 Prompts, completions and routes are told by arithmetic, so that any number of processes makes the same global batch;
 the routes are nobody's, so that live routing cannot pass for replay. With `--rollouts own` the policy generates and is
-recorded.
+recorded, with `--server URL` a mock vLLM server answers the same arithmetic.
 
 Legend: B batch, T tokens of a padded sequence, N = B * T, L MoE layers, K experts per token.
 """
@@ -25,8 +25,10 @@ from datasets import Dataset
 from engines.fake_vllm import completion_of, routes_of
 from engines.tiny_chat import make_tokenizer
 from peft import LoraConfig
+from trl.generation import vllm_client, vllm_generation
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer, SamplingMask, UnsupportedRouterError
+from trl_r3.engines import vllm_engine
 from trl_r3.routers import discovery
 
 MOE_LAYERS = [0, 2, 3]
@@ -131,6 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--rollouts", choices=["told", "own"], default="told")
+    parser.add_argument("--server", help="URL of a server that makes the rollouts.")
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--gating", default="intercept")
     parser.add_argument("--checkpointing", choices=["none", "reentrant", "non-reentrant"], default="none")
@@ -141,6 +144,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fails-on", type=int, help="Rank whose check of a router fails.")
     parser.add_argument("--dense", action="store_true")
     return parser.parse_args()
+
+
+def without_nccl() -> list[dict[str, list[int]]]:
+    """Let TRL gather weights and send them to nobody: the way needs GPUs. Names and shapes of each synchronisation."""
+    sent = []
+
+    def update(client, metadata, params):
+        sent.append({name: list(param.shape) for name, param in params})
+
+    for module in (vllm_client, vllm_generation, vllm_engine):
+        module.is_vllm_available = lambda *args, **kwargs: True
+    for name in ("init_communicator", "close_communicator"):
+        setattr(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)
+    vllm_client.VLLMClient.update_named_params = update
+    return sent
 
 
 def fail_on(rank: int) -> None:
@@ -157,6 +175,12 @@ def fail_on(rank: int) -> None:
 
 def make_trainer(options: argparse.Namespace) -> Watched:
     own = options.rollouts == "own"
+    server = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": options.server,
+        "vllm_importance_sampling_correction": False,  # its log-probabilities are nobody's, too
+    }
     return Watched(
         model=str(options.folder / ("dense" if options.dense else "model")),
         args=R3GRPOConfig(
@@ -188,6 +212,7 @@ def make_trainer(options: argparse.Namespace) -> Watched:
             save_steps=options.save_steps or 500,
             report_to="none",
             disable_tqdm=True,
+            **(server if options.server else {}),
         ),
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": [f"t{30 + i}" + f" t{50 + i}" * (i % 3) for i in range(16)]}),
@@ -195,7 +220,7 @@ def make_trainer(options: argparse.Namespace) -> Watched:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         if options.lora
         else None,
-        rollout_func=None if own else play,
+        rollout_func=None if own or options.server else play,
         own_rollouts=own,
     )
 
@@ -206,6 +231,7 @@ def main() -> None:
     torch.manual_seed(0)
     if options.fails_on is not None:
         fail_on(options.fails_on)
+    sent = without_nccl() if options.server else []
     try:
         trainer = make_trainer(options)
         trainer.train(resume_from_checkpoint=None if options.resume is None else str(options.resume))
@@ -223,6 +249,7 @@ def main() -> None:
         "wrong": trainer.wrong,
         "compared": trainer.compared,
         "calls": trainer.calls,
+        "sent": sent,
         "log": [log for log in trainer.state.log_history if "loss" in log],
     }
     (options.folder / f"{options.name}-rank{rank}.json").write_text(json.dumps(report))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .._compat import execution_device
+from .._compat import execution_device, shard_again
 from .interception import TopKWatch
 from .self_check import UnsupportedRouterError, evaluating
 
@@ -106,6 +106,7 @@ def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None)
     try:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
+        shard_again(model)
         if handle is not None:
             handle.remove()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .._compat import forget_forwards
 from ..routers.discovery import refuse_dense
 from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
@@ -28,7 +29,10 @@ class AttachingMixin(ReplayLogMixin):
         def attach() -> None:
             refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
-                self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
+                try:
+                    self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
+                finally:
+                    forget_forwards(self.deepspeed)
 
         make_together(self.accelerator, attach)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,8 +37,8 @@ def launches(settings: BenchSettings) -> list[Finding]:
             whole = _beyond_live(partial(_step, model, ids), replays, rounds)
             forward = _beyond_live(partial(_step, model, ids, forward_only=True), captures, rounds)
             set_checkpointing(model, {"use_reentrant": False})
-            contexts = {**replays, **captures, "steady": partial(swapped, replay, "steady_recompute", True)}
-            parts = _beyond_live(partial(_step, model, ids), contexts, rounds)
+            steadied = {"steady": partial(swapped, replay, "steady_recompute", True)}
+            parts = _beyond_live(partial(_step, model, ids), {**replays, **captures, **steadied}, rounds)
         live = whole["live"].step
         recompute = parts["replay"].backward / live
         findings += [
@@ -82,7 +82,7 @@ def _step(model: Any, ids: Tensor, context: Callable[[], Any], forward_only: boo
 
 
 def _beyond_live(
-    run: Callable[[Callable[[], Any]], _Seconds], contexts: dict[str, Callable[[], Any]], rounds: int
+    run: Callable[[Callable[[], Any]], _Seconds], contexts: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, _Seconds]:
     """
     What each context takes more than a live run of the same round, and `"live"` itself: medians over the rounds.
@@ -91,7 +91,7 @@ def _beyond_live(
     """
     taken: dict[str, list[_Seconds]] = {name: [] for name in ("live", *contexts)}
     for turn in range(rounds + 3):
-        order = list(contexts) if turn % 2 else list(reversed(contexts))
+        order = list(contexts)[:: 1 if turn % 2 else -1]
         before, after = run(nullcontext), {name: run(contexts[name]) for name in order}
         if turn < 3:  # the first ones warm up
             continue
