@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,20 @@ def start(command: list, folder: Path) -> subprocess.CompletedProcess:
         [sys.executable, "-m", *map(str, command)],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+def run(command: list, folder: Path) -> str:
+    """What it wrote to stderr; it has to succeed."""
+    done = start(command, folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stderr
+
+
+def launch(folder: Path, config: str, name: str, *options: Any, processes: int = 2) -> list[dict]:
+    """What each rank reports of a run of `train_sharded.py`."""
+    script = [HERE / "train_sharded.py", folder, "--name", name, "--batch", 8 // processes, *options]
+    run(accelerate_launch(["--config_file", CONFIGS / f"{config}.yaml"], script, processes), folder)
+    return [json.loads((folder / f"{name}-rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 def accelerate_launch(settings: list, script: list, processes: int = 2) -> list:

@@ -10,7 +10,7 @@ import torch
 from engines.fake_vllm import fake_vllm
 from engines.tiny_chat import tiny_qwen3_moe
 from safetensors.torch import load_file
-from sharded.launching import CONFIGS, HERE, accelerate_launch, needs_deepspeed, start
+from sharded.launching import HERE, launch, needs_deepspeed, run
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 STEPS = 4
@@ -26,19 +26,6 @@ def folder(tmp_path_factory):
         folder / "dense"
     )
     return folder
-
-
-def run(command: list, folder: Path) -> str:
-    done = start(command, folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stderr
-
-
-def launch(folder: Path, config: str, name: str, *options: str, processes: int = 2) -> list[dict]:
-    """What each rank reports of a run."""
-    script = [HERE / "train_sharded.py", folder, "--name", name, "--batch", 8 // processes, *options]
-    run(accelerate_launch(["--config_file", CONFIGS / f"{config}.yaml"], script, processes), folder)
-    return [json.loads((folder / f"{name}-rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 def trained(folder: Path, name: str, lora: bool) -> dict[str, torch.Tensor]:
@@ -101,7 +88,8 @@ def test_rollouts_of_a_server(folder, alone, config):
     """The main process asks for all, each process replays its own, and whole weights go to the server in between."""
     lora, expected, weights = alone
     with fake_vllm() as server:
-        options = ["--server", server.base_url, "--checkpointing", "non-reentrant", *["--lora"] * lora]
+        options = ["--rollouts", "mock", "--url", server.base_url, "--checkpointing", "non-reentrant"]
+        options += ["--lora"] * lora
         ranks = launch(folder, config, f"{config}_server_{lora}", *options)
     for report in ranks:
         assert report["wrong"] == 0 < report["compared"]

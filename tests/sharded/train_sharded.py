@@ -1,8 +1,8 @@
 """A training script as users write it, for `accelerate launch`, whose updates are watched from outside.
 
 Prompts, completions and routes are told by arithmetic, so that any number of processes makes the same global batch;
-the routes are nobody's, so that live routing cannot pass for replay. With `--rollouts own` the policy generates and is
-recorded, with `--server URL` a mock vLLM server answers the same arithmetic.
+the routes are nobody's, so that live routing cannot pass for replay. With `--rollouts mock` a server answers by the
+same arithmetic, with `own` the policy generates and is recorded, `colocate` and `server` are real vLLMs.
 
 Legend: B batch, T tokens of a padded sequence, N = B * T, L MoE layers, K experts per token.
 """
@@ -15,10 +15,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cpu"))
 
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
@@ -132,8 +134,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", required=True)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--rollouts", choices=["told", "own"], default="told")
-    parser.add_argument("--server", help="URL of a server that makes the rollouts.")
+    parser.add_argument("--rollouts", choices=["told", "mock", "own", "colocate", "server"], default="told")
+    parser.add_argument("--url", help="Of the server, mock or not.")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="Processes that share a colocated engine.")
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--gating", default="intercept")
     parser.add_argument("--checkpointing", choices=["none", "reentrant", "non-reentrant"], default="none")
@@ -161,6 +164,25 @@ def without_nccl() -> list[dict[str, list[int]]]:
     return sent
 
 
+def on_a_cpu(folder: Path) -> None:
+    """Let TRL colocate engines of a CPU, and hand weights to a server in a file."""
+    import cpu_engine  # of the tests with a real vLLM
+
+    vllm_generation.LLM = cpu_engine.cpu_llm
+    cpu_engine.sync_weights_by_file(vllm_client.VLLMClient, folder / "weights.safetensors", setattr)
+
+
+def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a config says of who makes the rollouts."""
+    if options.rollouts == "colocate":
+        sizes = {"vllm_max_model_length": 64, "vllm_tensor_parallel_size": options.tensor_parallel}
+        return {"use_vllm": True, "vllm_mode": "colocate", **sizes}
+    if options.url is None:
+        return {}
+    told = {} if options.rollouts == "server" else {"vllm_importance_sampling_correction": False}  # nobody's log-probs
+    return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": options.url, **told}
+
+
 def fail_on(rank: int) -> None:
     """Let the check of the last router fail on one process, as weights that broke while they were loaded would."""
     check_router = discovery.check_router
@@ -174,13 +196,7 @@ def fail_on(rank: int) -> None:
 
 
 def make_trainer(options: argparse.Namespace) -> Watched:
-    own = options.rollouts == "own"
-    server = {
-        "use_vllm": True,
-        "vllm_mode": "server",
-        "vllm_server_base_url": options.server,
-        "vllm_importance_sampling_correction": False,  # its log-probabilities are nobody's, too
-    }
+    own = options.rollouts in ("own", "colocate", "server")
     return Watched(
         model=str(options.folder / ("dense" if options.dense else "model")),
         args=R3GRPOConfig(
@@ -212,7 +228,7 @@ def make_trainer(options: argparse.Namespace) -> Watched:
             save_steps=options.save_steps or 500,
             report_to="none",
             disable_tqdm=True,
-            **(server if options.server else {}),
+            **engine_settings(options),
         ),
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": [f"t{30 + i}" + f" t{50 + i}" * (i % 3) for i in range(16)]}),
@@ -220,7 +236,7 @@ def make_trainer(options: argparse.Namespace) -> Watched:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         if options.lora
         else None,
-        rollout_func=None if own or options.server else play,
+        rollout_func=play if options.rollouts == "told" else None,
         own_rollouts=own,
     )
 
@@ -231,7 +247,9 @@ def main() -> None:
     torch.manual_seed(0)
     if options.fails_on is not None:
         fail_on(options.fails_on)
-    sent = without_nccl() if options.server else []
+    sent = without_nccl() if options.rollouts == "mock" else []
+    if options.rollouts in ("colocate", "server"):
+        on_a_cpu(options.folder)
     try:
         trainer = make_trainer(options)
         trainer.train(resume_from_checkpoint=None if options.resume is None else str(options.resume))
