@@ -103,11 +103,12 @@ def test_rollouts_of_a_server(folder, alone, config):
         torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_rollouts_of_sharded_policies_are_recorded_and_replayed(folder, config):
-    kind = "FSDP" if config == "fsdp2" else "DEEPSPEED"
-    options = ["--rollouts", "own", "--checkpointing", "non-reentrant"]
-    for report in launch(folder, config, f"{config}_own", *options):
+@pytest.mark.parametrize("rollouts", ["own", "batching"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_rollouts_of_the_policies_are_recorded_and_replayed(folder, config, rollouts):
+    kind = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[config]
+    options = ["--rollouts", rollouts, "--checkpointing", "non-reentrant"]
+    for report in launch(folder, config, f"{config}_{rollouts}", *options):
         assert_replayed(report, kind)
         # at the weights of the rollout live routing is the record; after an update it is not
         changed = [log["routing_replay/changed_router_frac"] for log in report["log"]]

@@ -77,7 +77,7 @@ def zero3(settings: Path) -> list:
 )  # fmt: skip
 def test_every_process_is_right(folder, launcher, model, sharding):
     first, second = launched(folder, launcher(folder), "none", folder / model, "--json")
-    assert (first["status"], second["status"], second["printed"]) == (0, 0, ""), first["printed"]
+    assert (first["status"], second["status"], second["printed"]) == (0, 0, ""), first["printed"] + first["errors"]
     report = json.loads(first["printed"])
     assert (report["passed"], report["num_processes"], report["failed_processes"]) == (True, 2, [])
     assert (report["process"], report["sharding"]) == (0, sharding)

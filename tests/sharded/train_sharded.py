@@ -2,7 +2,7 @@
 
 Prompts, completions and routes are told by arithmetic, so that any number of processes makes the same global batch;
 the routes are nobody's, so that live routing cannot pass for replay. With `--rollouts mock` a server answers by the
-same arithmetic, with `own` the policy generates and is recorded, `colocate` and `server` are real vLLMs.
+same arithmetic, with `own` and `batching` the policy generates and is recorded, `colocate` and `server` are vLLMs.
 
 Legend: B batch, T tokens of a padded sequence, N = B * T, L MoE layers, K experts per token.
 """
@@ -35,6 +35,7 @@ from trl_r3.routers import discovery
 
 MOE_LAYERS = [0, 2, 3]
 GENERATIONS = 2
+ROLLOUTS = ["told", "mock", "own", "batching", "colocate", "server"]
 
 
 def play(prompts: list[str], trainer) -> dict[str, list]:
@@ -134,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", required=True)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--rollouts", choices=["told", "mock", "own", "colocate", "server"], default="told")
+    parser.add_argument("--rollouts", choices=ROLLOUTS, default="told")
     parser.add_argument("--url", help="Of the server, mock or not.")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="Processes that share a colocated engine.")
     parser.add_argument("--masks", action="store_true")
@@ -174,6 +175,9 @@ def on_a_cpu(folder: Path) -> None:
 
 def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What a config says of who makes the rollouts."""
+    if options.rollouts == "batching":
+        config = {"num_blocks": 64}
+        return {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": config}
     if options.rollouts == "colocate":
         sizes = {"vllm_max_model_length": 64, "vllm_tensor_parallel_size": options.tensor_parallel}
         return {"use_vllm": True, "vllm_mode": "colocate", **sizes}
@@ -196,7 +200,7 @@ def fail_on(rank: int) -> None:
 
 
 def make_trainer(options: argparse.Namespace) -> Watched:
-    own = options.rollouts in ("own", "colocate", "server")
+    own = options.rollouts not in ("told", "mock")
     return Watched(
         model=str(options.folder / ("dense" if options.dense else "model")),
         args=R3GRPOConfig(

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim import SGD
 
 from ..bad_input import BadInput
@@ -77,6 +78,7 @@ class Launch:
         loaded = load_model(name, dtype, None)
         forward = _sharded(self.accelerator, loaded.model)
         model = self.accelerator.unwrap_model(forward).requires_grad_(False)
+        register_fsdp_forward_method(model, "generate")  # as Trainer does: that of an adapter runs the model inside it
         if self.sharding == "ZeRO-3":
             forward = model  # hooks fetch the weights; an engine without an optimizer refuses to go backward
         return replace(loaded, model=model.eval(), forward=forward, sharding=self.sharding)
