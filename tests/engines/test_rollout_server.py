@@ -280,7 +280,7 @@ def test_two_processes_train_on_one_server(installed, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_without_vllm_the_install_line_is_given(tmp_path, mode):
-    with pytest.raises(ImportError, match=r"pip install 'trl-r3\[vllm\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'trl\[vllm\]'"):
         make_trainer(tmp_path, Dataset.from_dict({"prompt": ["t30"]}), use_vllm=True, vllm_mode=mode)
 
 
