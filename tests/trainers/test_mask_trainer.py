@@ -302,10 +302,16 @@ def trained(trainer):
 
 def test_nothing_is_cut(make):
     """Without truncated sampling the trainer is TRL's: losses, weights and gradient norms."""
-    runs = [trained(make(top_p=1.0, use_sampling_mask_replay=on, num_iterations=2)) for on in (True, False)]
+    settings = {"optim": "sgd", "learning_rate": 0.5}  # AdamW makes large steps of gradients that are rounding only
+    runs = [
+        trained(make(top_p=1.0, use_sampling_mask_replay=on, num_iterations=2, **settings)) for on in (True, False)
+    ]
     assert all(not len(sample.mask.ids) for sample in runs[0]._mask_rollout.samples)
+    for one, other in zip(*(run.state.log_history[:2] for run in runs), strict=True):
+        for metric in ("loss", "grad_norm"):
+            assert one[metric] == pytest.approx(other[metric], rel=1e-5, abs=1e-6), metric
     for name, value in runs[0].model.state_dict().items():
-        torch.testing.assert_close(value, runs[1].model.state_dict()[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, runs[1].model.state_dict()[name], rtol=1e-5, atol=1e-5)
 
 
 def test_off_is_trl_to_the_bit(make):
