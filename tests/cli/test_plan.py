@@ -201,6 +201,14 @@ def test_an_engine_that_is_split_is_a_remedy(qwen):
     ]
 
 
+def test_any_number_of_gpus_has_remedies(qwen):
+    """Those that a split engine does not divide are tried with a server."""
+    for gpus in (2, 4, 6, 12):
+        job = Job(prompts=8, gpus=gpus, strategy="fsdp2", engine_share=0.3, engine_tensor_parallel=2)
+        assert not estimate(qwen, job).fits
+        assert any(remedy.plan.fits for remedy in remedies(qwen, job))
+
+
 def test_remedies_of_a_served_engine_name_the_server(qwen):
     job = Job(prompts=8, gpus=4, strategy="fsdp2", engine_share=0.3)
     assert [remedy.change for remedy in remedies(qwen, job)] == [
@@ -221,9 +229,14 @@ def test_remedies_of_a_served_engine_name_the_server(qwen):
         (["--reserve", "1.5"], "`--reserve` is 1.5"),
         (["--load-in-4bit"], "needs LoRA"),
         (
-            ["--gpus", "8", "--engine-tensor-parallel", "3"],
-            "`--engine-tensor-parallel` is 3, but it has to divide the 8",
+            ["--gpus", "8", "--engine-share", "0.3", "--engine-tensor-parallel", "3"],
+            "`--engine-tensor-parallel` is 3, but it has to divide all 8",
         ),
+        (
+            ["--gpus", "12", "--engine-share", "0.3", "--engine-tensor-parallel", "8"],
+            "has to divide all 12 GPUs and the 8 of a host",
+        ),
+        (["--gpus", "4", "--engine-tensor-parallel", "4"], "`--engine-share` is 0, so no engine"),
         (["--strategy", "lora", "--lora-target-modules", "w_42"], "`--lora-target-modules` does not fit"),
     ],
 )

@@ -87,13 +87,23 @@ class Job:
                 f"`--reserve` {self.reserve:g} and `--engine-share` {self.engine_share:g} leave nothing of the GPU: "
                 "lower one of them."
             )
-        if min(self.gpus, self.gpus_per_host) % self.engine_tensor_parallel:
+        if self.engine_tensor_parallel > 1 and not self.engine_share:
             raise PlanError(
-                f"`--engine-tensor-parallel` is {self.engine_tensor_parallel}, but it has to divide the "
-                f"{min(self.gpus, self.gpus_per_host)} GPUs of a host: set a divisor, or `--gpus` to a multiple."
+                f"`--engine-tensor-parallel` is {self.engine_tensor_parallel}, but `--engine-share` is 0, so no "
+                "engine is on these GPUs: set both, or neither."
+            )
+        if math.gcd(self.gpus, self.gpus_of_a_host) % self.engine_tensor_parallel:
+            raise PlanError(
+                f"`--engine-tensor-parallel` is {self.engine_tensor_parallel}, but it has to divide all "
+                f"{self.gpus} GPUs and the {self.gpus_of_a_host} of a host: set a divisor, or `--gpus` to a multiple."
             )
         if self.load_in_4bit and not self.rank:
             raise PlanError("`--load-in-4bit` freezes what it quantizes, so it needs LoRA: add `--lora-rank 16`.")
+
+    @property
+    def gpus_of_a_host(self) -> int:
+        """GPUs of the fullest host."""
+        return min(self.gpus, self.gpus_per_host)
 
     @property
     def rank(self) -> int:

@@ -97,7 +97,7 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
     """
     a_token = record_bytes(model)
     of_a_rank = job.samples_of_a_rank * job.tokens * a_token
-    ranks = min(job.gpus, job.gpus_per_host)
+    ranks = job.gpus_of_a_host
     token_ids = job.samples_of_a_rank * job.tokens * _TOKEN_IDS
     weights, gradients, optimizer, gathered = _states(model, job)
     engine = model.parameters * 2 / job.engine_tensor_parallel
