@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import transformers
 from model_zoo import build_tiny
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints what it chose itself, wherever it is first imported
 transformers.logging.set_verbosity_error()
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from trl_r3.cli import command as cli
+from trl_r3.cli import plan as plan_command
 from trl_r3.cli.plan import Job, PlanError, estimate, read_model, remedies
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "recipes" / "configs"
@@ -267,6 +268,13 @@ def test_unreachable_hub(monkeypatch, capsys):
     assert "couldn't connect" in printed
     assert "pass a folder with a config.json" in printed
     assert printed.count("\n") == 1
+
+
+def test_json_stays_alone(monkeypatch, capsys):
+    """DeepSpeed prints when something imports it, which counting adapters does."""
+    monkeypatch.setattr(plan_command, "read_model", lambda *args: print("[WARNING] talk") or read_model(*args))
+    status, figures = plan(capsys, "--gpus", "8", "--strategy", "fsdp2")
+    assert status == 0 and figures["fits"]
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3.6-35b-a3b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from .job import STRATEGIES, Job, PlanError
@@ -30,14 +31,15 @@ def main(name: str, as_json: bool, settings: dict[str, Any]) -> int:
     Returns:
         `int`: Exit status: 0 if the job fits, 1 if it does not, 2 if there is nothing to plan.
     """
-    try:
-        job = Job(**settings)
-        model = read_model(name, job)
-    except PlanError as error:
-        print(error, file=sys.stderr)
-        return 2
-    plan = estimate(model, job)
-    changes = [] if plan.fits else remedies(model, job)
+    with redirect_stdout(sys.stderr):  # libraries talk; JSON stays alone
+        try:
+            job = Job(**settings)
+            model = read_model(name, job)
+        except PlanError as error:
+            print(error, file=sys.stderr)
+            return 2
+        plan = estimate(model, job)
+        changes = [] if plan.fits else remedies(model, job)
     if as_json:
         print(json.dumps(as_dict(model, job, plan, changes), indent=1))
     else:
