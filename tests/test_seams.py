@@ -423,13 +423,9 @@ SEAMS = [
     Seam("_compat.py", "accelerate.cpu_offload sets _hf_hook.execution_device", offloading_is_seen),
     Seam("_compat.py", "torch.distributed.fsdp.FSDPModule.reshard()", lambda: takes(FSDPModule.reshard)),
     *(
-        Seam("trainers/attaching.py", f"{trainer.__name__} sets deepspeed", lambda t=trainer: sets(t, "deepspeed"))
-        for trainer in TRAINERS
-    ),
-    *(
         Seam("_compat.py", f"deepspeed.runtime.zero.{module} has {text}", lambda m=module, t=text: zero_says(m, t))
         for module, text in (
-            ("stage3", "self.parameter_offload"),
+            ("parameter_offload", "self.module.register_forward_pre_hook(_start_of_forward_hook)"),
             ("parameter_offload", "def get_param_coordinator(self)"),
             ("partitioned_param_coordinator", "def is_invalid_trace(self)"),
             ("partitioned_param_coordinator", "def _invalidate_trace(self)"),

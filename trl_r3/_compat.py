@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -63,16 +64,20 @@ def shard_again(model: nn.Module) -> None:
                 module.reshard()
 
 
-def forget_forwards(engine: Any) -> None:
+def forget_forwards(model: nn.Module) -> None:
     """
     Let DeepSpeed's ZeRO-3 fetch weights as if no forward had been run. It fetches ahead what the forwards before used,
     the head too, which TRL's losses gather themselves, and a weight on its way cannot be partitioned when they are
     done. Goes when `deepspeed.zero.GatheredParameters` takes weights that are on their way.
+
+    The model knows what fetches its weights only by the hook that begins its forward.
     """
-    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
-    coordinator = None if offload is None else offload.get_param_coordinator()
-    if coordinator is not None and not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
+    for hook in filter(inspect.isfunction, model._forward_pre_hooks.values()):
+        begin = inspect.getclosurevars(hook).nonlocals.get("func", hook)  # DeepSpeed wraps it for profilers
+        offload = inspect.getclosurevars(begin).nonlocals.get("self") if inspect.isfunction(begin) else None
+        coordinator = getattr(offload, "get_param_coordinator", lambda: None)()
+        if coordinator is not None and not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
 
 def pipeline_size(model: nn.Module) -> int:

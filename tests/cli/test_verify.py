@@ -124,6 +124,15 @@ def test_a_model_that_ends_its_texts(loaded, generate):
     assert "drawn at 0.7" in by_name(report)["log-probabilities"].seen
 
 
+@pytest.mark.parametrize(
+    "setting", [{"min_p": 0.2}, {"typical_p": 0.5}, {"no_repeat_ngram_size": 1}, {"epsilon_cutoff": 0.01}]
+)
+def test_a_model_whose_own_settings_cut(loaded, monkeypatch, setting):
+    """It is verified by the whole distribution."""
+    monkeypatch.setattr(loaded.model, "generation_config", GenerationConfig(**setting))
+    assert wrong(report_of(loaded, rollout_of(loaded.model))) == {}
+
+
 def test_ends_that_were_forbidden(loaded, monkeypatch):
     """The wrong variant: those tokens come from a cut distribution."""
     forbid = partial(GenerationConfig, min_new_tokens=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -12,6 +13,7 @@ from oracles import as_sets, changed_rows, executed_ids, foreign_record, stacked
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from trl_r3 import disable_routing_replay, enable_routing_replay
+from trl_r3.routers.patches import Patch
 
 WITH_ROUTES = {"return_dict_in_generate": True, "output_routed_experts": True}
 
@@ -234,6 +236,25 @@ def test_without_routes_generate_is_that_of_the_model(qwen, padded, way):
     disable_routing_replay(qwen)
     assert vars(qwen).get("generate") is own
     assert torch.equal(generate(qwen, ids, mask), generate(copy.deepcopy(qwen), ids, mask))
+
+
+def test_a_generate_that_was_wrapped_afterwards(qwen, ids):
+    """As FSDP2's `register_fsdp_forward_method` does, by which Trainer lets `generate` gather the weights."""
+    enable_routing_replay(qwen)
+    own = qwen.generate
+
+    @functools.wraps(own)
+    def gathered(model, *args, **kwargs):
+        return own(*args, **kwargs)
+
+    qwen.generate = gathered.__get__(qwen)
+    assert "routed_experts" in generate(qwen, ids, **WITH_ROUTES)
+    disable_routing_replay(qwen)
+    assert not any(isinstance(module.__dict__.get("forward"), Patch) for module in qwen.modules())
+    with pytest.raises(ValueError, match="output_routed_experts"):
+        generate(qwen, ids, **WITH_ROUTES)
+    with pytest.raises(ValueError, match="no routing replay to disable"):
+        disable_routing_replay(qwen)
 
 
 # What is refused, with the reason and what to set instead

@@ -18,6 +18,7 @@ from oracles import (
     stacked,
     use_checkpointing,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -76,6 +77,18 @@ def test_gradients_are_those_of_the_forward(model, ids, kind, expected):
     assert replay.steady_recompute
     disable_routing_replay(model)
     assert not hasattr(model.model.layers[-1].mlp.gate.forward, "around")
+
+
+def test_layers_that_are_wrapped_afterwards(model, ids, expected):
+    """As FSDP's `activation_checkpointing` does inside `train()`, for which one has enabled before."""
+    grads, (executed,) = expected
+    enable_routing_replay(model, steady_recompute=True)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer)
+    steady, (forward, recompute) = backward(model, ids)
+    assert torch.equal(as_sets(forward), as_sets(executed)) and torch.equal(as_sets(recompute), as_sets(executed))
+    steady = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in steady.items()}
+    assert differing(steady, grads, rtol=50 * NOISE) == []
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)

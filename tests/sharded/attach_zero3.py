@@ -40,10 +40,18 @@ def main(folder: Path, gating: str) -> None:
     )
     own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     elements = router(sharded).numel()
+    fetching = engine.optimizer.parameter_offload.get_param_coordinator()
+    with torch.no_grad():
+        engine.module(ids[own]), engine.module(ids[own])
+    traced = fetching.is_complete_trace()  # of forwards, by which it fetches ahead
+    RouterReplay(engine.module).remove()
+    forgotten = traced and fetching.is_invalid_trace()
     got = replayed(engine.module, ids[own], record[own], gating, engine, engine.backward)
     gradient = safe_get_full_grad(router(sharded))
     report = compared(got, record[own], expected["logits"][own], gradient, router(single).grad)
-    (folder / f"zero3-{gating}-rank{dist.get_rank()}.json").write_text(json.dumps({"elements": elements, **report}))
+    (folder / f"zero3-{gating}-rank{dist.get_rank()}.json").write_text(
+        json.dumps({"elements": elements, "forgotten": forgotten, **report})
+    )
     dist.barrier()
     os._exit(0)  # exit handlers aborted in 1 run of 55: PyTorch 2.13 leaves threads to them
 

@@ -1,11 +1,14 @@
 """What the configuration accepts, and what fails at construction instead of in the middle of a run."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer, RouterReplay, UnsupportedRouterError
+from trl_r3.trainers.construction import check_shards
 
 FIELDS = {
     "use_routing_replay": False,
@@ -125,6 +128,14 @@ def dense():
             head_dim=8,
         )
     )
+
+
+def test_the_first_fsdp_is_refused():
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+    with pytest.raises(ValueError, match=r"`fsdp_version` is 1, routing replay needs 2.*Set `fsdp_version: 2`"):
+        check_shards(accelerator)
+    accelerator.state.fsdp_plugin.fsdp_version = 2
+    check_shards(accelerator)
 
 
 def test_dense_model_is_refused_at_construction(build):

@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, L MoE layers, K experts per token.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +79,8 @@ def disable_routing_replay(model: nn.Module) -> None:
     Raises:
         `ValueError`: If it was not.
     """
-    patches = (module.__dict__.get("generate") for module in model.modules())
+    # FSDP2 may have wrapped ours: Trainer registers `generate` as one of its forwards
+    patches = (inspect.unwrap(vars(module)["generate"]) for module in model.modules() if "generate" in vars(module))
     patch = next((patch for patch in patches if isinstance(patch, Patch)), None)
     enabled = getattr(patch and patch.around, "__self__", None)
     if not isinstance(enabled, _EnabledModel):

@@ -48,6 +48,29 @@ class ActivePass(threading.local):
         return run_in_pass
 
 
+class CurrentModules:
+    """
+    All modules of a decoder stack, walked through again where its layers are others: FSDP's activation checkpointing
+    wraps them inside `train()`. Walking through all at each forward would take longer than replay.
+
+    Args:
+        stack (`torch.nn.Module`):
+            The module above the decoder layers.
+    """
+
+    def __init__(self, stack: nn.Module):
+        self.stack = stack
+        self._layers: list[nn.Module] = []
+        self._all: list[nn.Module] = []
+
+    def get(self) -> list[nn.Module]:
+        """The modules that are there now."""
+        layers = [layer for part in self.stack.children() for layer in part.children()]
+        if layers != self._layers:
+            self._layers, self._all = layers, list(self.stack.modules())
+        return self._all
+
+
 def _idle() -> ActivePass:
     return ActivePass(threading.Event())
 

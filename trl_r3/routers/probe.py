@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .._compat import execution_device, shard_again
+from .._compat import execution_device, forget_forwards, shard_again
 from .interception import TopKWatch
 from .self_check import UnsupportedRouterError, evaluating
 
@@ -106,9 +106,10 @@ def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None)
     try:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
-        shard_again(model)
         if handle is not None:
             handle.remove()
+        shard_again(model)
+        forget_forwards(model)
 
 
 def input_device(model: nn.Module) -> torch.device | None:

@@ -19,7 +19,7 @@ from ..records.checks import check_rows
 from ..records.layout import RoutingLayout, select_moe_layers
 from ..records.sources import RecordedRoutes, RecordSource, WholeBatch
 from ..records.storage import missing_rows, pack
-from .active_pass import ActivePass, bound_checkpoints
+from .active_pass import ActivePass, CurrentModules, bound_checkpoints
 from .attachable import attachable
 from .discovery import find_routers
 from .forward_pass import (
@@ -80,7 +80,7 @@ class RouterReplay:
         self._compilable = (model, unwrapped)
         found = find_routers(unwrapped, gating)
         self._routers, self.stack = found.routers, found.stack
-        self._modules = list(self.stack.modules())  # walking through them would take longer than replay
+        self._modules = CurrentModules(self.stack)
         first = self._routers[0]
         layers = tuple(router.layer for router in self._routers)
         self.layout = RoutingLayout(layers, found.num_decoder_layers, first.num_experts, first.top_k)
@@ -260,7 +260,7 @@ class RouterReplay:
         return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
 
     def _run(self, pass_: Pass, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        with self._active.use(pass_), bound_checkpoints(self._modules, self._active, pass_):
+        with self._active.use(pass_), bound_checkpoints(self._modules.get(), self._active, pass_):
             return forward(*args, **kwargs)
 
     def _live_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

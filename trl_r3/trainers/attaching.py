@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .._compat import forget_forwards
 from ..routers.discovery import refuse_dense
 from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
@@ -29,10 +28,7 @@ class AttachingMixin(ReplayLogMixin):
         def attach() -> None:
             refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
-                try:
-                    self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
-                finally:
-                    forget_forwards(self.deepspeed)
+                self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
 
         make_together(self.accelerator, attach)
 

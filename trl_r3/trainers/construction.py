@@ -46,6 +46,25 @@ def check_parent(trainer: type, mixin: type) -> None:
     )
 
 
+def check_shards(accelerator: Any) -> None:
+    """
+    Refuse the first FSDP: its parameters are slices of flat tensors, in which no router finds its weights.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            That of the trainer.
+
+    Raises:
+        `ValueError`: If Accelerate is set to it, as it is by default.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise ValueError(
+            "`fsdp_version` is 1, routing replay needs 2: the flat parameters of the first FSDP hide the routers. Set "
+            "`fsdp_version: 2` in the config of Accelerate."
+        )
+
+
 def check_setup(config: Any, model: Any) -> None:
     """
     Refuse what config and model tell, before TRL builds an engine for them.

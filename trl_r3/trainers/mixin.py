@@ -20,7 +20,7 @@ from ..engines.turns import RolloutRecord, Turn, stitch
 from ..engines.vllm_engine import capturing_vllm
 from ..records.samples import ScoredBatch
 from ..records.storage import slice_samples
-from .construction import check_parent, check_setup
+from .construction import check_parent, check_setup, check_shards
 from .guarded_steps import GuardedStepsMixin
 from .log import ReplayLogMixin
 from .rollout import Rollout, Scoring, tokens_of_turn
@@ -52,6 +52,7 @@ class RoutingReplayMixin(GuardedStepsMixin, SamplingMaskMixin):
         with capturing_vllm(config) if asks_vllm else nullcontext():
             super().__init__(*args, **kwargs)
         if self._use_replay:
+            check_shards(self.accelerator)
             if self.continuous_batching_config is not None:
                 recordable_config(self.continuous_batching_config)
             elif not self.use_vllm:

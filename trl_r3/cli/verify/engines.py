@@ -80,14 +80,20 @@ def _generation_config(model: Any, sampling: Sampling) -> GenerationConfig:
     From the whole vocabulary, and on behind an end of text, as vLLM does with `ignore_eos`.
 
     `min_new_tokens` would forbid the end: what it draws comes from a cut distribution, and training scores the whole
-    one. `None` would be filled in from the model's own configuration.
+    one. What is left `None` is filled in from the model's own configuration.
     """
     return GenerationConfig(
         do_sample=True,
         temperature=sampling.temperature,
         top_k=0,
         top_p=1.0,
+        min_p=0.0,
+        typical_p=1.0,
+        epsilon_cutoff=0.0,
+        eta_cutoff=0.0,
         repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
         max_new_tokens=sampling.new_tokens,
         pad_token_id=0,
         eos_token_id=model.config.get_text_config().vocab_size,  # an id that no token has

@@ -65,12 +65,16 @@ class Launch:
             [`~trl_r3.cli.models.LoadedModel`]: With `forward`, where Accelerate has wrapped or sharded it.
 
         Raises:
-            [`BadInput`]: As [`~trl_r3.cli.models.load_model`], or if a device is given to a launch.
+            [`BadInput`]: As [`~trl_r3.cli.models.load_model`], or if a launch is given a device, or the first FSDP.
         """
         if self.accelerator is None:
             return load_model(name, dtype, device or "cpu")
         if device is not None:
             raise BadInput(f"`--device` is {device!r}, but a launch gives each process its own. Leave it out.")
+        if self.sharding == "FSDP1":
+            raise BadInput(
+                "`fsdp_version` is 1, routing replay needs 2. Set `fsdp_version: 2` in the launch's config."
+            )
         if self.sharding is None:
             loaded = load_model(name, dtype, str(self.accelerator.device))
             forward = self.accelerator.prepare_model(loaded.model, evaluation_mode=True)

@@ -182,6 +182,8 @@ def replayed_gradients(policy: LoadedModel, replay: RouterReplay, batch: Batch, 
             try:
                 (-picked[batch.completion_mask.to(device)].mean()).backward()
             except RuntimeError as error:  # a recompute that is not what its forward was
+                if policy.sharding is not None:
+                    raise  # other processes are in backward still, and would meet another forward
                 return Gradients({}, executed, str(error).splitlines()[0])
         values = {name: p.grad.detach().clone() for name, p in wanted.items() if p.grad is not None}
         values |= {f"input {i}": x.grad.detach().clone() for i, x in enumerate(inputs) if x.grad is not None}
