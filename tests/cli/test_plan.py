@@ -207,7 +207,9 @@ def test_any_number_of_gpus_has_remedies(qwen):
     for gpus in (2, 4, 6, 12):
         job = Job(prompts=8, gpus=gpus, strategy="fsdp2", engine_share=0.3, engine_tensor_parallel=2)
         assert not estimate(qwen, job).fits
-        assert any(remedy.plan.fits for remedy in remedies(qwen, job))
+        found = remedies(qwen, job)
+        assert any(remedy.plan.fits for remedy in found)
+        assert not any("--engine-tensor-parallel 8" in remedy.change for remedy in found), "it divides none of these"
 
 
 def test_remedies_of_a_served_engine_name_the_server(qwen):

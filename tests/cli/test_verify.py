@@ -125,7 +125,7 @@ def test_a_model_that_ends_its_texts(loaded, generate):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"min_p": 0.2}, {"typical_p": 0.5}, {"no_repeat_ngram_size": 1}, {"epsilon_cutoff": 0.01}]
+    "setting", [{"min_p": 0.2}, {"typical_p": 0.5}, {"no_repeat_ngram_size": 1}, {"epsilon_cutoff": 0.05}]
 )
 def test_a_model_whose_own_settings_cut(loaded, monkeypatch, setting):
     """It is verified by the whole distribution."""

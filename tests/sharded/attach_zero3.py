@@ -42,7 +42,8 @@ def main(folder: Path, gating: str) -> None:
     elements = router(sharded).numel()
     fetching = engine.optimizer.parameter_offload.get_param_coordinator()
     with torch.no_grad():
-        engine.module(ids[own]), engine.module(ids[own])
+        for _ in range(2):
+            engine.module(ids[own])
     traced = fetching.is_complete_trace()  # of forwards, by which it fetches ahead
     RouterReplay(engine.module).remove()
     forgotten = traced and fetching.is_invalid_trace()

@@ -17,6 +17,7 @@ import trl_r3
 ROOT = Path(trl_r3.__file__).parents[1]
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 HERE = Path(__file__).parent
+KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}  # what Accelerate makes of a config on a CPU
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,

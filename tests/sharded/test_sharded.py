@@ -10,7 +10,7 @@ import torch
 from engines.fake_vllm import fake_vllm
 from engines.tiny_chat import tiny_qwen3_moe
 from safetensors.torch import load_file
-from sharded.launching import HERE, launch, needs_deepspeed, run
+from sharded.launching import HERE, KINDS, launch, needs_deepspeed, run
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 STEPS = 4
@@ -106,10 +106,9 @@ def test_rollouts_of_a_server(folder, alone, config):
 @pytest.mark.parametrize("rollouts", ["own", "batching"])
 @pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_rollouts_of_the_policies_are_recorded_and_replayed(folder, config, rollouts):
-    kind = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[config]
     options = ["--rollouts", rollouts, "--checkpointing", "non-reentrant"]
     for report in launch(folder, config, f"{config}_{rollouts}", *options):
-        assert_replayed(report, kind)
+        assert_replayed(report, KINDS[config])
         # at the weights of the rollout live routing is the record; after an update it is not
         changed = [log["routing_replay/changed_router_frac"] for log in report["log"]]
         assert changed[0] == changed[2] == 0 and min(changed[1], changed[3]) > 0.1

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import cpu_engine
 import pytest
-from sharded.launching import launch, needs_deepspeed
+from sharded.launching import KINDS, launch, needs_deepspeed
 from transformers import PreTrainedModel
 
 pytestmark = pytest.mark.vllm
 
 STEPS, UPDATES = 4, 2  # steps of a run, and those on each rollout
-KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ class Job:
                 f"`--engine-tensor-parallel` is {self.engine_tensor_parallel}, but `--engine-share` is 0, so no "
                 "engine is on these GPUs: set both, or neither."
             )
-        if math.gcd(self.gpus, self.gpus_of_a_host) % self.engine_tensor_parallel:
+        if self.most_gpus_of_an_engine % self.engine_tensor_parallel:
             raise PlanError(
                 f"`--engine-tensor-parallel` is {self.engine_tensor_parallel}, but it has to divide all "
                 f"{self.gpus} GPUs and the {self.gpus_of_a_host} of a host: set a divisor, or `--gpus` to a multiple."
@@ -104,6 +104,11 @@ class Job:
     def gpus_of_a_host(self) -> int:
         """GPUs of the fullest host."""
         return min(self.gpus, self.gpus_per_host)
+
+    @property
+    def most_gpus_of_an_engine(self) -> int:
+        """GPUs of a host that colocated engines can be split over, such that all engines are alike."""
+        return math.gcd(self.gpus, self.gpus_of_a_host)
 
     @property
     def rank(self) -> int:

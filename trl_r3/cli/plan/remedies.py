@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -97,8 +96,8 @@ def _for_training(model: ModelFacts, job: Job) -> Iterator[tuple[str, Job]]:
 
 def _split_engines(job: Job) -> Iterator[tuple[str, Job]]:
     """More GPUs to each colocated engine, the fewest first."""
-    for gpus in range(job.engine_tensor_parallel + 1, job.gpus_of_a_host + 1):
-        if math.gcd(job.gpus, job.gpus_of_a_host) % gpus == 0:
+    for gpus in range(job.engine_tensor_parallel + 1, job.most_gpus_of_an_engine + 1):
+        if job.most_gpus_of_an_engine % gpus == 0:
             yield (
                 f"split vLLM's weights over {gpus} GPUs (`--engine-tensor-parallel {gpus}`)",
                 replace(job, engine_tensor_parallel=gpus),
