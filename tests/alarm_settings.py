@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from trl_r3 import RouterReplay, RoutingLayout
-from trl_r3.records.evidence import Observation, RoutingEvidence, Verdict
+from trl_r3.alarm.evidence import RoutingEvidence, Verdict
+from trl_r3.records.samples import Observation
 
 PAGE = Path(__file__).parents[1] / "docs" / "alarm.md"
 SAMPLES, TOKENS = 8, 132
@@ -235,7 +236,7 @@ Collapsed routers are judged with more care:
 {date}, one thread of a two-core AMD EPYC ({machine}), {versions}. Small models with random weights or trained for 200
 steps, a rollout in bfloat16 or with weights rounded to eight bits (float8_e4m3fn), live routing in float32; {rows}
 rows each. None of these settings served to choose the thresholds. The judgement takes 6.9 ms of processor time a
-rollout, 0.40 % of a step of the model of [`trl-r3 bench`](benchmarks.md).
+rollout, 0.40 % of a step of the model of [`python -m benchmarks`](benchmarks.md).
 
 {settings} settings: **{alarms} false alarms**; of {judged} wrong records **{misses} were missed**. The tests against
 a real vLLM 0.30 (`pytest -m vllm`), whose records are all right, run with the alarm on.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from model_zoo import build_tiny
 
+sys.path.append(str(Path(__file__).parents[1]))  # `benchmarks`, last: the package is tested as it was installed
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints what it chose itself, wherever it is first imported
 transformers.logging.set_verbosity_error()
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_r3.records.trace import Trace, TraceFacts
+from trl_r3.traces.trace import Trace, TraceFacts
 
 
 def make_trace(samples=3, prompt=4, completion=6, layers=2, experts=16, top_k=4, step=7, rank=0, seed=0):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from trl_r3 import RouterReplay
-from trl_r3.records.evidence import Observation, RoutingEvidence, Verdict
+from trl_r3.alarm.evidence import RoutingEvidence, Verdict
+from trl_r3.records.samples import Observation
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ class Bench:
         """Replay a record, and note live and recorded routing wherever both neighbours have a row."""
         live: dict[int, Tensor] = {}
         with RouterReplay(self.model, gating="intercept") as replay, torch.no_grad():
-            for router in replay._routers:
+            for router in replay.routers:
                 router.replay = _noting(router.replay, live, router.layer)
             self.model.train(self.shaken)
             with replay.replay(record):

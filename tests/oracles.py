@@ -1,13 +1,10 @@
-"""Independent witnesses: what a model's experts executed, records of nobody, and gates without float32 in them.
+"""Independent witnesses: records of nobody, comparisons by sets, and gates without float32 in them.
 
-Nothing here uses trl_r3, so that no test compares the package with itself.
+Nothing here uses trl_r3, so that no test compares the package with itself. What experts executed is seen by
+`trl_r3.cli.experts`, which knows nothing of routers and replay.
 """
 
 from __future__ import annotations
-
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,42 +13,8 @@ from torch.overrides import TorchFunctionMode
 CHECKPOINTING = ["none", "non-reentrant", "reentrant"]
 
 
-def experts_of(model: nn.Module) -> dict[int, nn.Module]:
-    """The modules named `experts`, outermost ones, by the decoder-layer index in their path."""
-    found: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        index = re.search(r"\.(\d+)\.", name)
-        if name.rpartition(".")[2] == "experts" and index is not None:
-            found.setdefault(int(index[1]), module)
-    return found
-
-
-@contextmanager
-def executed_ids(model: nn.Module) -> Iterator[dict[int, list[Tensor]]]:
-    """Note the ids that reach the experts: by decoder layer, one tensor `(N, K)` a call, recomputes included."""
-    seen: dict[int, list[Tensor]] = {}
-
-    def note(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            ids = [a for a in [*args, *kwargs.values()] if torch.is_tensor(a) and not a.is_floating_point()]
-            assert len(ids) == 1, f"experts of layer {layer} take {len(ids)} integer tensors"
-            seen.setdefault(layer, []).append(ids[0].detach().clone())
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(note(layer), with_kwargs=True, prepend=True)
-        for layer, module in experts_of(model).items()
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def stacked(seen: dict[int, list[Tensor]], batch: int, call: int = 0) -> Tensor:
-    """What [`executed_ids`] saw in one call of every layer, as `(B, T, L, K)`."""
+    """What `executed_ids` saw in one call of every layer, as `(B, T, L, K)`."""
     return torch.stack([seen[layer][call] for layer in sorted(seen)], dim=1).unflatten(0, (batch, -1)).long()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trl_r3 import R3GRPOTrainer
-from trl_r3.cli.demo.model import build_tokenizer, make_sums, mixtral_config, qwen3_config
+from trl_r3.cli.demo.policy import build_tokenizer, make_sums, mixtral_config, qwen3_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = {"grpo_qwen3_moe": qwen3_config, "grpo_mixtral": mixtral_config}

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -16,9 +17,19 @@ import trl_r3
 PACKAGE = Path(trl_r3.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-# The stations of the data, from the top down. A room may import what stands after it, and itself.
-ROOMS = ("cli", "trainers", "engines", "routers", "gating", "records")
-LEVEL = {"__init__": -1, **{room: level for level, room in enumerate(ROOMS)}, "_compat": len(ROOMS)}
+# The stations of the data, from the top down. A room may import what stands below it, and itself; rooms of one floor
+# know nothing of each other.
+FLOORS = (
+    ("cli",),
+    ("trainers",),
+    ("traces", "engines"),
+    ("masks", "alarm", "routers"),
+    ("gating",),
+    ("records",),
+)
+ROOMS = tuple(room for floor in FLOORS for room in floor)
+LEVEL = {"__init__": -1, "_compat": len(FLOORS)}
+LEVEL |= {room: level for level, floor in enumerate(FLOORS) for room in floor}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -55,8 +66,9 @@ def test_the_rooms_are_the_folders():
 
 
 def upward(path: Path) -> set[str]:
-    """Rooms above its own that a file imports from."""
-    return {name for name in rooms(imported(path)) if name in LEVEL and LEVEL[name] < LEVEL[room_of(path)]}
+    """Rooms above its own, and beside it, that a file imports from."""
+    own = room_of(path)
+    return {name for name in rooms(imported(path)) - {own} if name in LEVEL and LEVEL[name] <= LEVEL[own]}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=names(SOURCES))
@@ -66,21 +78,21 @@ def test_imports_go_down(path):
 
 def test_the_walk_sees_imports(monkeypatch):
     """Or the test above could not fail."""
-    assert {"records", "gating"} <= rooms(imported(PACKAGE / "routers" / "forward_pass.py"))
+    assert {"records", "gating"} <= rooms(imported(PACKAGE / "routers" / "passes.py"))
     assert {"engines", "records"} <= rooms(imported(PACKAGE / "trainers" / "mixin.py"))
     assert "routers" in rooms(imported(PACKAGE / "trainers" / "attaching.py"))
     assert {"trainers", "routers"} <= rooms(imported(PACKAGE / "__init__.py"))
     assert any(name.split(".")[0] == "trl" for name in imported(PACKAGE / "trainers" / "grpo.py"))
     monkeypatch.setitem(LEVEL, "records", -1)
-    assert upward(PACKAGE / "routers" / "forward_pass.py") == {"records"}
+    assert upward(PACKAGE / "routers" / "passes.py") == {"records"}
 
 
 def tops(path):
     return {name.partition(".")[0] for name in imported(path)}
 
 
-TRL_MAY_BE_KNOWN_IN = {"cli", "trainers"}
-ENGINES_THAT_KNOW_TRL = {"vllm_client", "vllm_engine"}
+TRL_MAY_BE_KNOWN_IN = {"cli", "trainers", "traces", "masks"}
+ENGINES_THAT_KNOW_TRL = {"vllm_colocate", "vllm_server"}
 WITHOUT_TRL = [
     path for path in SOURCES if room_of(path) not in TRL_MAY_BE_KNOWN_IN and path.stem not in ENGINES_THAT_KNOW_TRL
 ]
@@ -97,6 +109,34 @@ def test_pure_tensors():
     standard = set(sys.stdlib_module_names)
     for path in (PACKAGE / "records").glob("*.py"):
         assert tops(path) - standard <= {"torch", "numpy", "safetensors", "trl_r3"}
+
+
+def test_no_name_stands_twice():
+    """A file, or a class, that is named like another one is looked for in the wrong place."""
+    stems = [path.stem for path in SOURCES if not path.stem.startswith("__")]
+    trees = [ast.parse(path.read_text(encoding="ascii")) for path in SOURCES]
+    classes = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert len(stems) > 80 and len(classes) > 80
+    assert [name for name in (*stems, *classes) if (stems + classes).count(name) > 1] == []
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """Modules of the package that a file imports when it is imported itself, not for type checkers only."""
+    package = ("trl_r3", *path.relative_to(PACKAGE).parent.parts)
+    nodes = [node for node in ast.parse(path.read_text(encoding="ascii")).body if isinstance(node, ast.ImportFrom)]
+    base = {node: package[: len(package) - node.level + 1] for node in nodes if node.level}
+    return {".".join(filter(None, [*parts, node.module])) for node, parts in base.items()}
+
+
+def test_no_circle():
+    """Nothing is imported while it is being imported."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in SOURCES}
+    graph = {name: imported_at_once(path) & set(names) for name, path in names.items()}
+    assert "trl_r3.trainers.log" in graph["trl_r3.trainers.attaching"]
+    assert len(list(TopologicalSorter(graph).static_order())) == len(names)
+    graph["trl_r3.trainers.log"].add("trl_r3.trainers.attaching")
+    with pytest.raises(CycleError, match="trl_r3.trainers"):
+        list(TopologicalSorter(graph).static_order())
 
 
 def test_public_names():

@@ -34,7 +34,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.generation import vllm_client, vllm_generation
 from trl.import_utils import is_vllm_available
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 import trl_r3
 from trl_r3._compat import checkpoint_functions, implementations, swapped, uses_kernels
@@ -185,16 +185,10 @@ SETTINGS += " vllm_mode vllm_tensor_parallel_size gradient_checkpointing_kwargs 
 SETTINGS += " generation_kwargs"
 BATCH = "prompt_ids prompt_mask completion_ids completion_mask"
 
-FILES = {
-    "training_step": "trainers/guarded_steps.py",
-    "train": "trainers/attaching.py",
-    "_prepare_for_training": "trainers/attaching.py",
-}
-
 SEAMS = [
     *(
         Seam(
-            FILES.get(name, "trainers/mixin.py"),
+            "trainers/mixin.py",
             f"{trainer.__name__}.{name}",
             lambda t=trainer, n=name: hasattr(t, n),
         )
@@ -226,22 +220,22 @@ SEAMS = [
                 lambda t=trainer: takes(t._compute_loss, "model", "inputs", "*"),
             ),
             Seam(
-                "trainers/log.py",
+                "trainers/mixin.py",
                 f"{trainer.__name__}.log(logs, start_time)",
                 lambda t=trainer: takes(t.log, "logs", "start_time", "*"),
             ),
             Seam(
-                "trainers/log.py",
+                "trainers/mixin.py",
                 f"{trainer.__name__}._paper, _name and _tag_names",
                 lambda t=trainer: all(hasattr(t, name) for name in ("_paper", "_name", "_tag_names")),
             ),
             Seam(
-                "engines/capture.py",
+                "engines/turns.py",
                 f"{trainer.__name__} sets {STATE}",
                 lambda t=trainer: sets(t, *STATE.split()),
             ),
             Seam(
-                "trainers/rollout.py",
+                "trainers/mixin.py",
                 f"{trainer.__name__} scores a batch of {BATCH}",
                 lambda t=trainer: says(t._generate_and_score_completions, *BATCH.split()),
             ),
@@ -286,45 +280,40 @@ SEAMS = [
         lambda: says(trl.GRPOTrainer._generate_and_score_completions, "tool_mask", "sampling_per_token_logps"),
     ),
     Seam(
-        "trainers/rollout.py",
+        "trainers/session.py",
         "GRPOTrainer scores a batch with old_per_token_logps",
         lambda: says(trl.GRPOTrainer._generate_and_score_completions, "old_per_token_logps"),
     ),
     Seam(
-        "trainers/rollout.py",
+        "trainers/session.py",
         "RLOOTrainer scores a batch with old_logps",
         lambda: says(trl.RLOOTrainer._generate_and_score_completions, "old_logps"),
     ),
     Seam(
-        "trainers/log.py",
+        "trainers/mixin.py",
         "trl.models.utils.disable_gradient_checkpointing(model, gradient_checkpointing_kwargs)",
         lambda: takes(disable_gradient_checkpointing, "model", "gradient_checkpointing_kwargs", "*"),
     ),
     Seam(
-        "trainers/log.py",
-        "trl.trainer.utils.pad(tensors, padding_value, padding_side, pad_to_multiple_of)",
-        lambda: takes(pad, "tensors", "*", "padding_value", "padding_side", "pad_to_multiple_of"),
-    ),
-    Seam(
-        "trainers/restricted_head.py",
+        "_compat.py",
         "trl.trainer.utils calls _ChunkedLogProbFunction.apply by name, with the head gathered",
         head_is_called,
     ),
     *(
         Seam(
-            "trainers/restricted_head.py",
+            "masks/restricted_head.py",
             f"{trainer.__name__} scores model(labels=labels, fused_lm_head=True)",
             lambda t=trainer: "labels=labels, fused_lm_head=True)" in inspect.getsource(getattr(t, SCORES)),
         )
         for trainer in (trl.GRPOTrainer, trl.RLOOTrainer)
     ),
     Seam(
-        "trainers/kept_logprobs.py",
+        "masks/kept_logprobs.py",
         "trl.trainer.utils.maybe_gather_lm_head_ctx(*params)",
         lambda: takes(maybe_gather_lm_head_ctx, "params"),
     ),
     Seam(
-        "engines/kept_tokens.py",
+        "_compat.py",
         "GenerationMixin._get_logits_processor makes the list of one generate, and of continuous batching",
         lambda: (
             "self._get_logits_processor(" in inspect.getsource(GENERATE)
@@ -332,7 +321,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "engines/kept_batches.py",
+        "_compat.py",
         "ContinuousBatchProcessor.model_runner, ModelRunner._sample(scores, output_ids)",
         lambda: (
             sets(PROCESSOR, "model_runner")
@@ -341,22 +330,22 @@ SEAMS = [
         ),
     ),
     Seam(
-        "engines/vllm_engine.py",
+        "engines/vllm_server.py",
         "trl.generation.vllm_generation takes VLLMClient by name",
         lambda: vllm_generation.VLLMClient is CLIENT and " VLLMClient(" in inspect.getsource(GENERATION),
     ),
     Seam(
-        "engines/vllm_engine.py",
+        "engines/vllm_colocate.py",
         "trl.generation.vllm_generation takes LLM by name, from vllm",
         lambda: imports(vllm_generation, "LLM", "vllm") and " LLM(" in inspect.getsource(GENERATION),
     ),
     Seam(
-        "engines/capture.py",
+        "engines/vllm_colocate.py",
         "VLLMGeneration sets llm, vllm_client, tensor_parallel_size and tp_group",
         lambda: sets(GENERATION, "llm", "vllm_client", "tensor_parallel_size", "tp_group"),
     ),
     Seam(
-        "engines/vllm_client.py",
+        "engines/vllm_server.py",
         "VLLMClient.generate with features asks /inference/v1/generate through _post, `sampling_params` in the body",
         lambda: (
             "_generate_from_features" in CLIENT.generate.__code__.co_names
@@ -367,7 +356,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "engines/vllm_client.py",
+        "engines/vllm_server.py",
         "VLLMClient.generate puts generation_kwargs among the sampling parameters, those into the body",
         lambda: all(
             part in inspect.getsource(CLIENT.generate)
@@ -375,7 +364,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "engines/vllm_client.py",
+        "engines/vllm_server.py",
         "VLLMClient._get(url), ._post(url), .get_server_info(), .generate(prompts, features)",
         lambda: (
             takes(CLIENT._get, "url", "*")
@@ -385,12 +374,12 @@ SEAMS = [
         ),
     ),
     Seam(
-        "engines/vllm_client.py",
+        "engines/vllm_server.py",
         "VLLMClient sets base_url and model, and asks through _post",
         lambda: sets(CLIENT, "base_url", "model") and "_post" in CLIENT.generate.__code__.co_names,
     ),
     Seam(
-        "engines/vllm_engine.py",
+        "trainers/construction.py",
         "trl.import_utils.is_vllm_available",
         lambda: takes(is_vllm_available),
     ),
@@ -407,13 +396,13 @@ SEAMS = [
         lambda: implementations(build_tiny("qwen3_moe"))[0] in ("sdpa", "eager"),
     ),
     Seam(
-        "trainers/verify_trace.py",
+        "traces/trace_replay.py",
         "trl.trainer.utils.add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)",
         lambda: takes(add_fused_lm_head, "model", "*", "temperature", "cast_lm_head_to_fp32", "outputs"),
     ),
     *(
         Seam(
-            "trainers/verify_trace.py",
+            "traces/trace_replay.py",
             f"{trainer.__name__} scores with fused_lm_head=True and outputs log_probs, entropy",
             lambda t=trainer: "fused_lm_head=True" in inspect.getsource(getattr(t, SCORES)),
         )
@@ -445,6 +434,7 @@ SEAMS = [
         lambda: torch.nn.Linear(1, 1)._forward_pre_hooks == {},
     ),
     Seam("_compat.py", "torch._dynamo.OptimizedModule", lambda: isinstance(torch._dynamo.OptimizedModule, type)),
+    Seam("records/samples.py", "torch.Tensor._version", lambda: torch.zeros(1).add_(1)._version == 1),
     Seam("_compat.py", "torch._C._current_graph_task_id", lambda: torch._C._current_graph_task_id() == -1),
     Seam(
         "gating/native.py",
@@ -457,7 +447,7 @@ SEAMS = [
         lambda: issubclass(torch.nn.Dropout, torch.nn.modules.dropout._DropoutNd),
     ),
     Seam(
-        "cli/models.py",
+        "_compat.py",
         "AutoModelForCausalLM._model_mapping",
         lambda: transformers.Qwen3MoeConfig in transformers.AutoModelForCausalLM._model_mapping,
     ),
@@ -476,7 +466,7 @@ SEAMS = [
         lambda: takes(accelerate.utils.extract_model_from_parallel, "model", "*", "keep_torch_compile"),
     ),
     Seam(
-        "trainers/together.py",
+        "trainers/log.py",
         "accelerate.utils.gather_object",
         lambda: takes(accelerate.utils.gather_object, "object"),
     ),
@@ -486,19 +476,19 @@ SEAMS = [
         lambda: takes(accelerate.Accelerator.reduce, "tensor", "*", "reduction"),
     ),
     Seam(
-        "engines/generate_settings.py",
+        "engines/generate.py",
         f"GenerationConfig has {DECODING}",
         lambda: set(DECODING.split()) <= set(vars(transformers.GenerationConfig())),
     ),
     Seam(
-        "engines/generate_settings.py",
+        "engines/generate.py",
         "generate(inputs, generation_config, stopping_criteria, assistant_model, custom_generate)",
         lambda: takes(
             GENERATE, "inputs", "generation_config", "*", "stopping_criteria", "assistant_model", "custom_generate"
         ),
     ),
     Seam(
-        "engines/continuous_batching.py",
+        "_compat.py",
         "ContinuousBatchProcessor._generation_step(model)",
         lambda: takes(PROCESSOR._generation_step, "model", "*"),
     ),
@@ -536,7 +526,7 @@ SEAMS = [
         lambda: fields(transformers.ContinuousBatchingConfig, *BATCHING.split()),
     ),
     Seam(
-        "engines/capture.py",
+        "engines/continuous_batching.py",
         "generate_batch(inputs)",
         lambda: takes(transformers.GenerationMixin.generate_batch, "inputs", "*"),
     ),

@@ -14,7 +14,7 @@ import torch
 
 from trl_r3 import RoutingLayout, decode_sglang, decode_vllm_http, load_trace, masked_topk_gating
 from trl_r3.records.checks import check_rows
-from trl_r3.records.layout import select_moe_layers
+from trl_r3.records.record import select_moe_layers
 
 DOCS = error_messages.ROOT / "docs"
 PAGE = error_messages.PAGE.read_text()

@@ -6,37 +6,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from .engines.enabled_model import disable_routing_replay, enable_routing_replay
-    from .engines.payloads import decode_sglang, decode_vllm_http, decode_vllm_output
+    from .engines.payloads import decode_sglang, decode_vllm_http
     from .engines.turns import Turn, stitch
+    from .engines.vllm_colocate import decode_vllm_output
     from .gating import GatingOutput, RowStatus, masked_topk_gating
     from .records.checks import MisalignedRecordError
-    from .records.layout import RoutingLayout
-    from .records.sampling_masks import SamplingMask
-    from .records.trace_file import load_trace
+    from .records.metrics import changed_router_frac, changed_token_frac, extreme_token_frac, k3_kl
+    from .records.record import RoutingLayout
+    from .records.sampling_mask import SamplingMask
     from .routers.router_replay import RouterReplay
     from .routers.self_check import UnsupportedRouterError
+    from .traces.report_callback import RoutingReportCallback
+    from .traces.trace_file import load_trace
     from .trainers.gmpo import R3GMPOConfig, R3GMPOTrainer
     from .trainers.grpo import R3GRPOConfig, R3GRPOTrainer
-    from .trainers.metrics import changed_router_frac, changed_token_frac, extreme_token_frac, k3_kl
-    from .trainers.report_callback import RoutingReportCallback
     from .trainers.rloo import R3RLOOConfig, R3RLOOTrainer
 
 # TRL takes seconds to import, and a model can be replayed without it
 _ROOMS = {
     "engines.enabled_model": ("disable_routing_replay", "enable_routing_replay"),
-    "engines.payloads": ("decode_sglang", "decode_vllm_http", "decode_vllm_output"),
+    "engines.payloads": ("decode_sglang", "decode_vllm_http"),
+    "engines.vllm_colocate": ("decode_vllm_output",),
     "engines.turns": ("Turn", "stitch"),
     "gating": ("GatingOutput", "RowStatus", "masked_topk_gating"),
     "records.checks": ("MisalignedRecordError",),
-    "records.layout": ("RoutingLayout",),
-    "records.sampling_masks": ("SamplingMask",),
-    "records.trace_file": ("load_trace",),
+    "records.record": ("RoutingLayout",),
+    "records.sampling_mask": ("SamplingMask",),
+    "traces.trace_file": ("load_trace",),
     "routers.router_replay": ("RouterReplay",),
     "routers.self_check": ("UnsupportedRouterError",),
     "trainers.gmpo": ("R3GMPOConfig", "R3GMPOTrainer"),
     "trainers.grpo": ("R3GRPOConfig", "R3GRPOTrainer"),
-    "trainers.metrics": ("changed_router_frac", "changed_token_frac", "extreme_token_frac", "k3_kl"),
-    "trainers.report_callback": ("RoutingReportCallback",),
+    "records.metrics": ("changed_router_frac", "changed_token_frac", "extreme_token_frac", "k3_kl"),
+    "traces.report_callback": ("RoutingReportCallback",),
     "trainers.rloo": ("R3RLOOConfig", "R3RLOOTrainer"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

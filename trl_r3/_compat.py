@@ -182,3 +182,71 @@ def name_tokens(choices: list[dict[str, Any]]) -> None:
             for each in (entry, *(entry.get("top_logprobs") or ())):
                 if "token_id" in each:
                     each.setdefault("token", f"token_id:{each['token_id']}")
+
+
+@contextmanager
+def last_processor(lm: Any, process: Callable) -> Iterator[None]:
+    """
+    Let `generate` of a model end its list of logits processors with `process(input_ids, scores)`. Goes when
+    `logits_processor` is applied behind the sampling settings, or `generate` returns what they kept.
+    """
+    own = lm._get_logits_processor
+
+    def processors(*args: Any, **kwargs: Any) -> Any:
+        found = own(*args, **kwargs)
+        found.append(process)
+        return found
+
+    with swapped(lm, "_get_logits_processor", processors):
+        yield
+
+
+@contextmanager
+def batching_step(step: Callable) -> Iterator[None]:
+    """
+    Let each step of continuous batching be `step(own_step, processor, model)`. Goes when Transformers calls a user's
+    function before and after a step.
+    """
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+
+    own = ContinuousBatchProcessor._generation_step
+    with swapped(ContinuousBatchProcessor, "_generation_step", lambda *args: step(own, *args)):
+        yield
+
+
+@contextmanager
+def batching_sampler(processor: Any, scores: list[torch.Tensor]) -> Iterator[None]:
+    """
+    Keep the (1, D, V) scores that a step of continuous batching draws from. Goes when its logits processors can be
+    followed by one of the user's.
+    """
+    runner = processor.model_runner
+    own = runner._sample
+
+    def sample(scores_1DV: torch.Tensor, output_ids: torch.Tensor) -> None:
+        scores.append(scores_1DV.detach())
+        own(scores_1DV, output_ids)
+
+    with swapped(runner, "_sample", sample):
+        yield
+
+
+@contextmanager
+def scoring_head(head: Any) -> Iterator[None]:
+    """
+    Let TRL's scoring forward hand hidden states and head to `head.apply`. Goes when `add_fused_lm_head` takes the
+    function as an argument.
+    """
+    from trl.trainer import utils
+
+    with swapped(utils, "_ChunkedLogProbFunction", head):
+        yield
+
+
+def is_causal_lm(config: Any) -> bool:
+    """
+    Whether `AutoModelForCausalLM` builds a model of this config. Goes when it has a public way to ask.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping

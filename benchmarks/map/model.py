@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Glm4MoeLiteConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from trl_r3.cli.demo.model import CHARACTERS, Sum, accuracy, build_tokenizer, make_sums, warm_up
+from trl_r3.cli.demo.policy import CHARACTERS, Sum, accuracy, build_tokenizer, make_sums, warm_up
 
 from .cells import Sizes
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trl_r3._compat import swapped
-from trl_r3.cli.demo.trainer import LowPrecisionRolloutTrainer
-from trl_r3.engines.sampled_logprobs import SampledLogProbs
-from trl_r3.routers.interception import _Selection
+from trl_r3.cli.demo.low_precision import LowPrecisionRolloutTrainer
+from trl_r3.engines.generate import SampledTokens
+from trl_r3.routers.router import _Selection
 
 from .cells import Arm
 from .numerics import rollout_numerics
@@ -53,12 +53,12 @@ class MapTrainer(LowPrecisionRolloutTrainer):
 
         def generate(*args, **kwargs):
             prompts = args[0] if args else kwargs["input_ids"]
-            scores = SampledLogProbs(model, self.temperature)
+            scores = SampledTokens(model, self.temperature)
             try:
                 sequences = own_generate(*args, **kwargs)
             finally:
                 scores.remove()
-            sampled.extend(scores.of(sequences, prompts.shape[1]))
+            sampled.extend(scores.logprobs(sequences, prompts.shape[1]))
             return sequences
 
         with swapped(self, "use_vllm", False), swapped(model, "generate", generate):

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from trl_r3 import R3GRPOConfig
 from trl_r3._compat import without_checkpointing
-from trl_r3.cli.demo.model import Sum, accuracy, build_tokenizer
+from trl_r3.cli.demo.policy import Sum, accuracy, build_tokenizer
 from trl_r3.cli.demo.run import exact_answer
 
 from .cells import ARMS, Arm, Cell, Setting, Sizes

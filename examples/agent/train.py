@@ -37,11 +37,11 @@ class Turns(TrainerCallback):
         self.rows = 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        for sample in self.trainer._rollout.samples:
+        for sample in self.trainer.rollout_samples:
             self.rows += len(sample.record)
             missing = sample.record[:, 0, 0] == self.trainer.routing_replay.layout.missing
             self.rows_without_record += int(missing.sum())
-        self.episode = max(self.trainer._rollout.samples, key=lambda sample: len(sample.tokens))
+        self.episode = max(self.trainer.rollout_samples, key=lambda sample: len(sample.tokens))
 
 
 def show_turns(turns: Turns, tokenizer) -> None:

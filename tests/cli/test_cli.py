@@ -178,15 +178,6 @@ def test_a_place_that_cannot_be_written_to(arguments, tmp_path, capsys):
     assert "cannot be written to" in _sentence(capsys)
 
 
-@pytest.mark.parametrize("value, status", [(0.5, 0), (2.0, 1), (None, 0)])
-def test_a_target_that_is_missed(value, status, monkeypatch):
-    from trl_r3.cli import bench
-
-    findings = [bench.Finding("a time", 3.0), bench.Finding("a share", value or 0.0, 1.0 if value else None)]
-    monkeypatch.setattr(bench, "main", lambda output: findings)
-    assert cli.main(["bench"]) == status
-
-
 def test_foreign_check_notices_a_record_without_effect(saved):
     from trl_r3.cli import check
 

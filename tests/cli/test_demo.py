@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_r3.cli import command as cli
-from trl_r3.cli.demo.model import CONFIGS, Sum, accuracy, build_tokenizer, encode_sums, make_sums
+from trl_r3.cli.demo.policy import CONFIGS, Sum, accuracy, build_tokenizer, encode_sums, make_sums
 from trl_r3.cli.demo.rounding import in_bfloat16
 
 ROWS = (

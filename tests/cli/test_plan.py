@@ -84,9 +84,9 @@ def test_counts_are_those_of_the_built_model(tmp_path):
 MEASURE = """
     import resource, sys
     import numpy as np
-    from trl_r3.engines.capture import to_record
+    from trl_r3.records.record import to_record
     from trl_r3.engines.turns import Turn, stitch
-    from trl_r3.records.layout import RoutingLayout
+    from trl_r3.records.record import RoutingLayout
     from trl_r3.trainers.rollout import Rollout
 
     layout = RoutingLayout(tuple(range(48)), 48, num_experts=128, top_k=8)

@@ -18,9 +18,9 @@ from trl_r3 import extreme_token_frac, k3_kl
 from trl_r3.cli import command as cli
 from trl_r3.cli.report.pictures import pictures
 from trl_r3.cli.report.run_data import TAUS, gather
-from trl_r3.records.trace import Trace
-from trl_r3.records.trace_file import save_trace
-from trl_r3.trainers.metric_names import SHARES
+from trl_r3.records.metrics import SHARES
+from trl_r3.traces.trace import Trace
+from trl_r3.traces.trace_file import save_trace
 
 NAMES = ["changed_routers", "expert_load", "delta_logprob", "mismatch", "agreement", "missing_rows"]
 

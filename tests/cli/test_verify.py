@@ -18,13 +18,13 @@ from trl.generation import vllm_client
 
 from trl_r3 import RouterReplay
 from trl_r3.cli import command as cli
-from trl_r3.cli.demo.model import qwen3_config
+from trl_r3.cli.demo.policy import qwen3_config
 from trl_r3.cli.models import LoadedModel
-from trl_r3.cli.verify import engines, sample, training, verify
-from trl_r3.cli.verify.engines import continuous_rollout, transformers_rollout
-from trl_r3.cli.verify.rollout import TEMPERATURE, Sampling, generated_prompts
+from trl_r3.cli.verify import sample, samplers, training, verify
+from trl_r3.cli.verify.samplers import continuous_rollout, transformers_rollout
+from trl_r3.cli.verify.sampling import TEMPERATURE, Sampling, generated_prompts
 from trl_r3.routers import router_replay
-from trl_r3.routers.interception import Router
+from trl_r3.routers.router import Router
 
 ROWS = 16 * (16 + 32 - 1) + 2 * sum(range(1, 9))
 
@@ -136,7 +136,7 @@ def test_a_model_whose_own_settings_cut(loaded, monkeypatch, setting):
 def test_ends_that_were_forbidden(loaded, monkeypatch):
     """The wrong variant: those tokens come from a cut distribution."""
     forbid = partial(GenerationConfig, min_new_tokens=32)
-    monkeypatch.setattr(engines, "GenerationConfig", lambda **kwargs: forbid(**{**kwargs, "eos_token_id": 0}))
+    monkeypatch.setattr(samplers, "GenerationConfig", lambda **kwargs: forbid(**{**kwargs, "eos_token_id": 0}))
     with that_ends_early(loaded.model):
         found = wrong(report_of(loaded, rollout_of(loaded.model)))
     assert "or the engine truncates the distribution" in found["log-probabilities"]

@@ -106,7 +106,7 @@ def examine(path: Path) -> Checkpoint:
         replay = RouterReplay(twin, "op")
     except UnsupportedRouterError:
         replay = RouterReplay(twin, "intercept")
-    formulas = {router.formula for router in replay._routers if isinstance(router, GatedRouter)}
+    formulas = {router.formula for router in replay.routers if isinstance(router, GatedRouter)}
     replay.remove()
     if formulas:
         (formula,) = formulas

@@ -20,7 +20,7 @@ from engines.tiny_chat import by_position, make_tokenizer, tiny_qwen3_moe
 from made_traces import make_trace
 
 import trl_r3
-from trl_r3.records.trace_file import save_trace
+from trl_r3.traces.trace_file import save_trace
 
 SCRIPT = re.compile(r"# (\w+\.py)\b")
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 from engines.tiny_chat import make_trainer
 from trl.generation import vllm_client, vllm_generation
 
-from trl_r3.engines import vllm_engine
+from trl_r3.trainers import construction
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def installed(monkeypatch):
 def server_trainer(installed, monkeypatch, tmp_path):
     """A trainer that rolls out on a server; weights go nowhere."""
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *args, **kwargs: True)
-    monkeypatch.setattr(vllm_engine, "is_vllm_available", lambda *args, **kwargs: True)
+    monkeypatch.setattr(construction, "is_vllm_available", lambda *args, **kwargs: True)
     for name in ("init_communicator", "close_communicator", "update_named_params"):
         monkeypatch.setattr(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)
 

@@ -9,10 +9,11 @@ import inspect
 import pytest
 import torch
 from model_zoo import build_tiny
-from oracles import as_sets, changed_rows, executed_ids, foreign_record, stacked
+from oracles import as_sets, changed_rows, foreign_record, stacked
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from trl_r3 import disable_routing_replay, enable_routing_replay
+from trl_r3.cli.experts import executed_ids
 from trl_r3.routers.patches import Patch
 
 WITH_ROUTES = {"return_dict_in_generate": True, "output_routed_experts": True}

@@ -16,8 +16,7 @@ from oracles import kept_rows
 
 from trl_r3 import RouterReplay, SamplingMask, Turn, stitch
 from trl_r3.engines.generate import generate_with_routes
-from trl_r3.engines.kept_tokens import kept_by_generate
-from trl_r3.engines.mask_capture import capture_masks
+from trl_r3.engines.vllm_colocate import recorded_llm
 from trl_r3.engines.vllm_masks import decode_vllm_mask
 from trl_r3.engines.vllm_versions import check_vllm_masks
 
@@ -52,10 +51,12 @@ def test_generate(model, cut):
     kwargs |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "pad_token_id": 0}
     if cut == "no end before":
         kwargs["eos_token_id"] = 1
-    with kept_by_generate(model, TEMPERATURE) as kept:
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **{**kwargs, **CUTS[cut]})
-    completions = output.sequences[:, 4:].tolist()
-    turn = kept.turn(prompt.tolist(), completions)
+    kwargs |= {"attention_mask": torch.ones_like(prompt), **CUTS[cut]}
+    generated = generate_with_routes(
+        model, None, model.generate, (prompt,), kwargs, temperature=TEMPERATURE, keeps=True
+    )
+    output, completions = generated.output, generated.sequences[:, 4:].tolist()
+    turn = generated.turn(prompt.tolist(), completions)
     cut_rows = 0
     for i, completion in enumerate(completions):
         for c, row in enumerate(kept_rows(turn.masks[i])):
@@ -80,33 +81,23 @@ def test_masks_change_no_token_and_no_route(model):
     for masks in (False, True):
         torch.manual_seed(3)
         with RouterReplay(model) as replay:
-            own = model.generate
-            rollout = generate_with_routes(model, replay, own, (prompt,), kwargs, temperature=1.0)
-            if masks:
-                torch.manual_seed(3)
-
-                def routed(*args, own=own, **kwargs):
-                    return generate_with_routes(model, replay, own, args, kwargs, temperature=1.0).output
-
-                model.generate = routed
-                try:
-                    with kept_by_generate(model, 1.0) as kept:
-                        sequences = model.generate(prompt, **kwargs)
-                finally:
-                    del model.generate
-                turn = kept.turn(prompt.tolist(), sequences[:, 5:].tolist())
-                assert all(0 < len(row) < model.config.vocab_size for mask in turn.masks for row in kept_rows(mask))
-            found.append((rollout.sequences, rollout.records))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][0], sequences)
-    assert torch.equal(found[0][1], found[1][1])
+            found.append(
+                generate_with_routes(model, replay, model.generate, (prompt,), kwargs, temperature=1.0, keeps=masks)
+            )
+    plain, kept = found
+    turn = kept.turn(prompt.tolist(), kept.sequences[:, 5:].tolist())
+    assert all(0 < len(row) < model.config.vocab_size for mask in turn.masks for row in kept_rows(mask))
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(prompt, **kwargs), plain.sequences)
+    assert torch.equal(plain.sequences, kept.sequences) and torch.equal(plain.records, kept.records)
 
 
 def test_ways_of_decoding_that_draw_elsewhere_are_refused(model):
     prompt = torch.full((1, 3), 5)
     refused = pytest.raises(ValueError, match="a rollout cannot be recorded with `num_beams=2`")
-    with refused, kept_by_generate(model, 1.0):
-        model.generate(prompt, num_beams=2, max_new_tokens=2)
+    kwargs = {"num_beams": 2, "max_new_tokens": 2}
+    with refused:
+        generate_with_routes(model, None, model.generate, (prompt,), kwargs, temperature=1.0, keeps=True)
 
 
 @pytest.mark.parametrize("routes", [False, True])
@@ -128,14 +119,14 @@ def test_tool_loop(tmp_path, routes):
 
     def note(inputs):
         output = own(inputs)
-        seen.append((output, trainer._mask_rollout))
+        seen.append((output, trainer.rollout_samples))
         return output
 
     trainer._generate_and_score_completions = note
     trainer.train()
-    output, rollout = seen[0]
+    output, samples = seen[0]
     sampled = said = 0
-    for i, sample in enumerate(rollout.samples):
+    for i, sample in enumerate(samples):
         completion = sample.tokens[sample.prompt_length :].tolist()
         assert len(sample.mask) == len(completion)
         tool_mask = output["tool_mask"][i][: len(completion)].tolist()
@@ -199,8 +190,7 @@ def test_vllm_masks_are_decoded():
     outputs = [SimpleNamespace(outputs=[vllm_completion(each, some_rows(each))]) for each in tokens]
     engine = SimpleNamespace(generate=lambda *args, **kwargs: outputs)
     generation = SimpleNamespace(llm=engine, tensor_parallel_size=1)
-    trainer = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_generation=generation)
-    with capture_masks(trainer) as make_turn:
+    with recorded_llm(SimpleNamespace(vllm_generation=generation), None, True, None) as make_turn:
         generation.llm.generate([], None)
     turn = make_turn([[2], [2, 2], [5]], tokens)
     assert [kept_rows(mask) for mask in turn.masks] == [some_rows(each) for each in tokens]

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_r3 import RoutingLayout, stitch
-from trl_r3.engines.capture import capture
 from trl_r3.engines.known_routes import KnownRoutes
-from trl_r3.engines.vllm_client import RecordingVLLMClient
+from trl_r3.engines.vllm_colocate import recorded_llm
+from trl_r3.engines.vllm_server import RecordingVLLMClient
+from trl_r3.trainers.session import ReplaySession
 
 SHAPE = RoutingLayout(moe_layers=(0, 2, 3), num_decoder_layers=4, num_experts=16, top_k=4)
 
@@ -50,17 +51,14 @@ class Engine:
         return outputs
 
 
-def play(engine, prompts, turns, known=None, tools=True):
+def play(engine, prompts, turns, known=None):
     """The tool loop of TRL: every sample hears a token after each turn. Returns turns, and what was said."""
     trainer = SimpleNamespace(
-        use_vllm=True,
-        vllm_mode="colocate",
-        tools=[print] if tools else [],
         vllm_generation=SimpleNamespace(llm=engine, tensor_parallel_size=1, tp_group=None),
     )
     known, played, given = known or KnownRoutes(), [], [list(prompt) for prompt in prompts]
     for number in range(turns):
-        with capture(trainer, SimpleNamespace(layout=SHAPE), known) as make_turn:
+        with recorded_llm(trainer, SHAPE, False, known) as make_turn:
             outputs = trainer.vllm_generation.llm.generate([{"prompt_token_ids": ids} for ids in given], Sampling())
         said = [output.outputs[0].token_ids for output in outputs]
         played.append(make_turn(given, said))
@@ -114,9 +112,14 @@ def test_one_record_a_conversation_is_kept():
 
 
 def test_rollouts_of_one_turn_keep_nothing():
-    known = KnownRoutes()
-    play(Engine(), PROMPTS[:3], 1, known, tools=False)
-    assert not known._rows
+    """Nothing is looked for, and nothing kept, where no later turn can go on."""
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), args=None, tools=[])
+    session = ReplaySession(trainer, routes=True, masks=False)
+    session.begin_rollout()
+    assert session.turns.known is None
+    trainer.tools = [print]
+    session.begin_rollout()
+    assert isinstance(session.turns.known, KnownRoutes)
 
 
 def test_the_next_rollout_knows_nothing():
@@ -152,6 +155,7 @@ def test_servers(monkeypatch, leaves_out):
     monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda *args, **kwargs: True)
     with fake_vllm(leaves_out=leaves_out) as fake:
         client = RecordingVLLMClient(base_url=fake.base_url, connection_timeout=5.0, routes=True)
+        client.known_routes = KnownRoutes()
         given = [[30, 31], [40, 41]]
         for _ in range(10):
             answer = client.generate(given, max_tokens=8, generation_kwargs={"seed": 3})

@@ -12,7 +12,8 @@ from engines.tiny_chat import WatchedGRPO
 from engines.watch import assert_replayed
 from oracles import kept_rows
 
-from trl_r3.engines.vllm_client import RecordingVLLMClient
+from trl_r3.engines.known_routes import KnownRoutes
+from trl_r3.engines.vllm_server import RecordingVLLMClient
 
 PROMPTS = [[20 + i] * (1 + i % 4) for i in range(24)]
 INFO = {False: {"model_config": dict(MASKS)}, True: {"model_config": {**CAPTURES, **MASKS}}}
@@ -38,6 +39,7 @@ def test_masks_in_order(installed, routes, version):
 def test_only_missing_routes_are_asked_for(installed):
     with fake_vllm(info=INFO[True]) as fake:
         client = RecordingVLLMClient(base_url=fake.base_url, routes=True, masks=True)
+        client.known_routes = KnownRoutes()
         client.generate([[30, 31]], top_k=20)
         longer = [30, 31, *completion_of([30, 31], 0), 50, 51]
         client.generate([longer], top_k=20)

@@ -174,7 +174,6 @@ def test_wrong_number_of_dimensions(shape):
         b"(18446744073709551619, 4, 2)",  # 3 modulo 2**64
         b"(" + b"9" * 60 + b", 4, 2)",
         b"(3 , 4, 2) or (3",
-        b"(3, 4, 2, )",
         b"(, , )",
         b"(- 3, 4, 2)",
     ],
@@ -185,30 +184,35 @@ def test_shape_that_does_not_fit_allocates_nothing(shape):
         decode_vllm_http(payload)
 
 
+def test_a_space_behind_the_last_dimension_is_harmless():
+    payload = npy_with_header(HEADER.replace(b"(3, 4, 2)", b"(3, 4, 2, )") + b"\n", bytes(24))
+    assert decode_vllm_http(payload).shape == (3, 4, 2)
+
+
 @pytest.mark.parametrize("filler", [b" " * 65000, b"(" * 65000, b"9" * 65000, b"'" * 65000])
 @pytest.mark.parametrize("place", [0, 1, 30, len(HEADER)])
 def test_huge_headers(filler, place):
     header = HEADER[:place] + filler + HEADER[place:] + b"\n"
     payload = npy_with_header(header, bytes(24))
-    with peak_below(1 << 20):
-        if place == len(HEADER) and filler[:1] == b" ":
-            assert decode_vllm_http(payload).shape == (3, 4, 2), "padding is legal"
-        else:
-            with pytest.raises(ValueError, match="no .npy file"):
-                decode_vllm_http(payload)
+    with peak_below(1 << 20), pytest.raises(ValueError, match="no .npy file"):
+        decode_vllm_http(payload)
+
+
+def test_padding_is_legal():
+    assert decode_vllm_http(npy_with_header(HEADER + b" " * 8000 + b"\n", bytes(24))).shape == (3, 4, 2)
 
 
 def test_header_that_ends_elsewhere():
     data = base64.b64decode(npy_with_header(HEADER + b"\n", bytes(24)))
-    with pytest.raises(ValueError, match=rf"its header ends at byte {len(HEADER) + 11}, but it has 40 bytes"):
+    with pytest.raises(ValueError, match=rf"expected {len(HEADER) + 1} bytes got 30"):
         decode_vllm_http(text(data[:40]))
-    with pytest.raises(ValueError, match="not that of a plain array"):
+    with pytest.raises(ValueError, match="its header cannot be read: "):
         decode_vllm_http(npy_with_header(HEADER + b"\n" + b"more", bytes(24)))
 
 
 @pytest.mark.parametrize("version", [b"\x02\x00", b"\x03\x00", b"\x00\x00", b"\x01\x01"])
 def test_other_npy_versions(version):
-    with pytest.raises(ValueError, match="it starts with"):
+    with pytest.raises(ValueError, match=r"its version is \(\d, \d\), expected \(1, 0\)"):
         decode_vllm_http(npy_with_header(HEADER + b"\n", bytes(24), version))
 
 

@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState
 
-from trl_r3.engines.continuous_batching import RecordedBatches
+from trl_r3.engines.continuous_batching import RecordedSteps
 
 # which Transformers 5.17 calls `block_size`
 PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"
@@ -179,7 +179,7 @@ def test_log_probabilities_are_those_of_a_forward(tmp_path, monkeypatch, evicted
 
 
 def test_the_first_draw_of_a_position_counts():
-    batches = RecordedBatches(SimpleNamespace())
+    batches = RecordedSteps(None)
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 5.0]])
     batches.add_draws([("a", 2), ("b", 1)], torch.tensor([2, 0], dtype=torch.int32), logits)
     batches.add_draws([("a", 2), ("a", 3)], torch.tensor([2, 1], dtype=torch.int32), logits.flip(0))

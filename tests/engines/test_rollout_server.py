@@ -21,9 +21,8 @@ from engines.watch import assert_nothing_missing, assert_replayed
 from trl.generation import vllm_client, vllm_generation
 
 from trl_r3 import RoutingLayout
-from trl_r3.engines.capture import capture
-from trl_r3.engines.known_routes import KnownRoutes
-from trl_r3.engines.vllm_client import RecordingVLLMClient
+from trl_r3.engines.vllm_colocate import recorded_llm
+from trl_r3.engines.vllm_server import RecordingVLLMClient, recorded_server
 
 PROMPTS = [[20 + i] * (1 + i % 4) for i in range(24)]
 SHAPE = RoutingLayout(moe_layers=(0, 2, 3), num_decoder_layers=4, num_experts=16, top_k=4)
@@ -254,9 +253,9 @@ def test_each_process_gets_its_share(monkeypatch, rank):
     generation = SimpleNamespace(
         **({"vllm_client": SimpleNamespace(take_routes=lambda: everything)} if not rank else {})
     )
-    trainer = SimpleNamespace(use_vllm=True, vllm_mode="server", vllm_generation=generation, accelerator=accelerator)
+    trainer = SimpleNamespace(vllm_generation=generation, accelerator=accelerator)
     prompts = [[20 + i] * (1 + i) for i in range(4)][2 * rank : 2 * rank + 2]
-    with capture(trainer, SimpleNamespace(layout=SHAPE), KnownRoutes()) as make_turn:
+    with recorded_server(trainer, SHAPE, False, None) as make_turn:
         pass
     turn = make_turn(prompts, [completion_of(prompt[:1], 0) for prompt in prompts])
     expected = [ids[:, [0, 2, 3]].tolist() for ids in everything[2 * rank : 2 * rank + 2]]
@@ -303,7 +302,7 @@ class FakeEngine:
 
 def colocated(engine, ranks=1):
     generation = SimpleNamespace(llm=engine, tensor_parallel_size=ranks, tp_group=None)
-    return SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_generation=generation)
+    return SimpleNamespace(vllm_generation=generation)
 
 
 SEQUENCES = [([30 + i] * (i + 1), completion_of([30 + i], 0)) for i in range(4)]
@@ -314,7 +313,7 @@ def test_tensor_parallel_ranks_keep_their_slice(monkeypatch, rank):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
     trainer = colocated(FakeEngine(SEQUENCES), ranks=2)
     mine = SEQUENCES[2 * rank : 2 * rank + 2]
-    with capture(trainer, SimpleNamespace(layout=SHAPE), KnownRoutes()) as make_turn:
+    with recorded_llm(trainer, SHAPE, False, None) as make_turn:
         trainer.vllm_generation.llm.generate([{"prompt_token_ids": prompt} for prompt, _ in SEQUENCES])
     turn = make_turn([prompt for prompt, _ in mine], [completion for _, completion in mine])
     expected = [routes_of(prompt + completion)[:, [0, 2, 3]] for prompt, completion in mine]
@@ -324,7 +323,7 @@ def test_tensor_parallel_ranks_keep_their_slice(monkeypatch, rank):
 
 def test_an_aborted_request_is_an_error():
     trainer = colocated(FakeEngine(SEQUENCES, corrupt=2))
-    with capture(trainer, SimpleNamespace(layout=SHAPE), KnownRoutes()) as make_turn:
+    with recorded_llm(trainer, SHAPE, False, None) as make_turn:
         trainer.vllm_generation.llm.generate([])
     with pytest.raises(ValueError, match="request was aborted"):
         make_turn([prompt for prompt, _ in SEQUENCES], [completion for _, completion in SEQUENCES])
@@ -341,7 +340,7 @@ def test_records_do_not_hang_on_a_buffer_of_the_engine(layers):
     engine.generate = lambda *args, **kwargs: held
     trainer = colocated(engine)
     layout = RoutingLayout(layers, num_decoder_layers=4, num_experts=16, top_k=4)
-    with capture(trainer, SimpleNamespace(layout=layout), KnownRoutes()) as make_turn:
+    with recorded_llm(trainer, layout, False, None) as make_turn:
         trainer.vllm_generation.llm.generate([])
     turn = make_turn([prompt for prompt, _ in SEQUENCES], [completion for _, completion in SEQUENCES])
     expected = [buffer[:, list(layers)].copy() for buffer in buffers]

@@ -17,12 +17,12 @@ from engines.tiny_chat import make_trainer
 from engines.watch import assert_nothing_missing, wrong_rows
 from trl.generation import vllm_client, vllm_generation
 
-from trl_r3.engines import vllm_engine
+from trl_r3.trainers import construction
 
 
 def main(url: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    for module in (vllm_client, vllm_generation, vllm_engine):
+    for module in (vllm_client, vllm_generation, construction):
         module.is_vllm_available = lambda *args, **kwargs: True
     for name in ("init_communicator", "close_communicator", "update_named_params"):
         setattr(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from oracles import as_sets, executed_ids
+from oracles import as_sets
 from torch import Tensor
+
+from trl_r3.cli.experts import executed_ids
 
 
 @dataclass

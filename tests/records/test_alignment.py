@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_zoo import build_tiny
-from oracles import as_sets, changed_rows, executed_ids, stacked
+from oracles import as_sets, changed_rows, stacked
 
 from trl_r3 import RouterReplay, Turn, enable_routing_replay, stitch
+from trl_r3.cli.experts import executed_ids
 from trl_r3.engines.turns import RolloutRecord
 from trl_r3.records.checks import MisalignedRecordError
+from trl_r3.records.record import align, missing_rows, pack, slice_samples, unpack
 from trl_r3.records.samples import Sample, ScoredBatch
-from trl_r3.records.storage import align, pack, slice_samples, unpack
 
 VOCAB, EXPERTS, TOP_K, LAYERS = 32, 16, 3, (1, 3)
 _SETS = list(itertools.combinations(range(EXPERTS), TOP_K))
@@ -267,7 +268,8 @@ def test_tool_turns(rollout, training, conversations, cut):
         records = [engine(rollout, p + c) for p, c in zip(prompts, sampled, strict=True)]
         turns.append(Turn(prompts, sampled, records))
     joined = stitch(turns, [p for p, _ in drawn], [c for _, c in drawn], layout)
-    assert isinstance(joined, RolloutRecord) and joined.missing_share(layout) == (0.0, None)
+    assert isinstance(joined, RolloutRecord)
+    assert not any(missing_rows(record, layout).any() for record in joined.records)
     assert [len(record) for record in joined.records] == [len(p) + len(c) - 1 for p, c in drawn]
     prompt_width = max(len(p) for p, _ in drawn)
     ids, mask, recorded = pad(drawn, prompt_width, prompt_width + max(len(c) for _, c in drawn))

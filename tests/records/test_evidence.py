@@ -11,7 +11,8 @@ from alarm_settings import judge, rounded, routes, wrong_records
 from model_zoo import build_tiny
 
 from trl_r3 import RoutingLayout
-from trl_r3.records.evidence import Observation, RoutingEvidence
+from trl_r3.alarm.evidence import RoutingEvidence
+from trl_r3.records.samples import Observation
 
 LAYOUT = RoutingLayout((0, 2, 5), 6, 16, 2)
 

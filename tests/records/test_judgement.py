@@ -14,7 +14,8 @@ from misrouted import OF_LAYERS, OF_SAMPLES, Bench, constant, engine_of, other_s
 from model_zoo import build_tiny
 
 from trl_r3 import RoutingLayout
-from trl_r3.records.evidence import Observation, RoutingEvidence
+from trl_r3.alarm.evidence import RoutingEvidence
+from trl_r3.records.samples import Observation
 
 # 2 of 8 experts in two layers, the least that a model has; a dense layer below, groups of experts; one of many experts
 MODELS = {
@@ -208,7 +209,7 @@ def test_half_collapsed_routers_of_a_model(monkeypatch):
     bench = Bench(model, torch.randint(1, 128, (8, 100), generator=generator))
     right = record_of(engine_of(model, "fp8"), bench.tokens)
     assert bench.verdict(right).fault is None
-    monkeypatch.setattr("trl_r3.records.judgement.MIN_OVERLAP", math.inf)  # the wrong variant: kappa alone
+    monkeypatch.setattr("trl_r3.alarm.judge.MIN_OVERLAP", math.inf)  # the wrong variant: kappa alone
     assert bench.verdict(right).fault is not None
 
 

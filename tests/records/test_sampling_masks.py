@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from trl_r3.masks.masked_batch import MaskedBatch
 from trl_r3.records.checks import MisalignedRecordError
-from trl_r3.records.masked_batch import MaskedBatch
 from trl_r3.records.samples import Sample
-from trl_r3.records.sampling_masks import SamplingMask
+from trl_r3.records.sampling_mask import SamplingMask
 
 ROWS = [[5, 9], [], [0, 3, 7], [2]]
 TOKENS = [9, 4, 0, 2]

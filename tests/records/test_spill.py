@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trl_r3.records.spill import SpilledRecords
+from trl_r3.records.spill import SpilledTensors
 
 
 def records(dtype=torch.uint8):
@@ -18,7 +18,8 @@ def records(dtype=torch.uint8):
 def test_values_shapes_and_dtypes_are_the_same(tmp_path, dtype):
     whole = records(dtype)
     whole[1] = whole[1].transpose(0, 1)[:3]  # not contiguous
-    taken = SpilledRecords(str(tmp_path / "deep" / "folder")).take(whole)
+    spilled = SpilledTensors(str(tmp_path / "deep" / "folder"))
+    taken = [spilled.take(record) for record in whole]
     for before, after in zip(whole, taken, strict=True):
         assert after.dtype == before.dtype and torch.equal(after, before)
 
@@ -26,8 +27,8 @@ def test_values_shapes_and_dtypes_are_the_same(tmp_path, dtype):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped from /proc")
 def test_they_are_mapped(tmp_path):
     """Not read into memory: a loaded copy must not pass."""
-    spilled = SpilledRecords(str(tmp_path))
-    taken = spilled.take(records())
+    spilled = SpilledTensors(str(tmp_path))
+    taken = [spilled.take(record) for record in records()]
 
     def is_mapped(tensor):
         """Whether its first byte lies in a part of memory that is a file of the folder."""
@@ -42,30 +43,31 @@ def test_they_are_mapped(tmp_path):
 
 
 def test_files_are_safetensors(tmp_path):
-    spilled = SpilledRecords(str(tmp_path))
+    spilled = SpilledTensors(str(tmp_path))
     whole = records()
-    spilled.take(whole)
+    for record in whole:
+        spilled.take(record)
     found = sorted(spilled.folder.glob("*.safetensors"))
     assert len(found) == 3
-    assert torch.equal(load_file(found[0])["routed_experts"], whole[0])
+    assert torch.equal(load_file(found[0])["tensor"], whole[0])
 
 
 def test_files_go_and_values_stay(tmp_path):
     whole = records()
-    spilled = SpilledRecords(str(tmp_path))
-    taken = spilled.take(whole)
+    spilled = SpilledTensors(str(tmp_path))
+    taken = [spilled.take(record) for record in whole]
     assert list(tmp_path.rglob("*.safetensors"))
     spilled.remove()
     assert list(tmp_path.iterdir()) == []
     assert all(torch.equal(before, after) for before, after in zip(whole, taken, strict=True))
-    SpilledRecords(str(tmp_path)).take(whole)  # and nobody holds it
+    SpilledTensors(str(tmp_path)).take(whole[0])  # and nobody holds it
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 def test_two_processes_share_a_folder(tmp_path):
-    one, other = SpilledRecords(str(tmp_path)), SpilledRecords(str(tmp_path))
+    one, other = SpilledTensors(str(tmp_path)), SpilledTensors(str(tmp_path))
     assert one.folder != other.folder
-    first, second = one.take([records()[0]]), other.take([records()[3]])
+    first, second = one.take(records()[0]), other.take(records()[3])
     one.remove()
-    assert (first[0].shape[0], second[0].shape[0]) == (700, 1500)
+    assert (first.shape[0], second.shape[0]) == (700, 1500)
     assert list(tmp_path.rglob("*.safetensors"))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from trl_r3 import RoutingLayout
 from trl_r3.records.checks import check_length, check_rows
-from trl_r3.records.layout import select_moe_layers
-from trl_r3.records.storage import align, missing_rows, pack, unpack
+from trl_r3.records.record import align, missing_rows, pack, select_moe_layers, unpack
 
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
@@ -214,7 +213,7 @@ def test_alignment_of_padded_batches(data):
 def test_alignment_that_does_not_fit_is_refused(prompt_width, width):
     layout = RoutingLayout((0,), 1, 8, 2)
     fitting, long = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(9, 1, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=rf"sample 1: a record of 9 rows with a prompt of 4 .* {width} wide"):
+    with pytest.raises(ValueError, match=rf"sample 1: 9 rows with a prompt of 4 .* {width} wide"):
         align([fitting, long], [2, 4], prompt_width, width, layout)
 
 

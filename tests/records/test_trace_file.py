@@ -15,8 +15,8 @@ from safetensors.torch import save
 
 import trl_r3
 from trl_r3 import load_trace
-from trl_r3.records.trace import Trace
-from trl_r3.records.trace_file import find_traces, save_trace
+from trl_r3.traces.trace import Trace
+from trl_r3.traces.trace_file import find_traces, save_trace
 
 
 @pytest.mark.parametrize("experts", [16, 255, 256, 512])

@@ -7,11 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 from model_zoo import build_tiny
-from oracles import executed_ids, stacked
+from oracles import stacked
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
+from trl_r3.cli.experts import executed_ids
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ import pytest
 import torch
 import transformers
 from model_zoo import MOE_MODEL_TYPES, build_tiny
-from oracles import CHECKPOINTING, as_sets, differing, experts_of, foreign_record, gradients, use_checkpointing
+from oracles import CHECKPOINTING, as_sets, differing, foreign_record, gradients, use_checkpointing
 from packaging.version import Version
 from supported_models import MODEL_TYPES, PAGE, examine, listed_types, render
 from transformers import CONFIG_MAPPING
 
 from trl_r3 import RouterReplay, UnsupportedRouterError, enable_routing_replay
+from trl_r3.cli.experts import experts_of
+from trl_r3.records.sources import WholeBatch
 
 REFUSED = {
     "diffusion_gemma": "DiffusionGemmaForBlockDiffusion has routers in 2 stacks of layers",
@@ -304,12 +306,13 @@ def replays_nothing(monkeypatch):
 
 
 def replays_other_experts(monkeypatch):
-    pack = RouterReplay.batch_source
-    monkeypatch.setattr(RouterReplay, "batch_source", lambda self, ids: pack(self, (ids + 1) % self.num_experts))
+    check = WholeBatch.of
+    other = classmethod(lambda cls, ids, layout: check((ids + 1) % layout.num_experts, layout))
+    monkeypatch.setattr(WholeBatch, "of", other)
 
 
 def recomputes_live(monkeypatch):
-    monkeypatch.setattr("trl_r3.routers.active_pass.checkpoint_functions", lambda modules: [])
+    monkeypatch.setattr("trl_r3.routers.patches.checkpoint_functions", lambda modules: [])
     monkeypatch.setattr("trl_r3.routers.router_replay.in_backward", lambda: False)
 
 

@@ -71,7 +71,7 @@ def test_the_choice_is_visible():
     for gating in ("op", "intercept"):
         replay = RouterReplay(model, gating=gating)
         assert f"gating={gating!r}" in repr(replay)
-        assert all(isinstance(router, GatedRouter) == (gating == "op") for router in replay._routers)
+        assert all(isinstance(router, GatedRouter) == (gating == "op") for router in replay.routers)
         replay.remove()
     with pytest.raises(ValueError, match="gating"):
         RouterReplay(model, gating="fast")
@@ -86,7 +86,7 @@ def test_a_bias_that_moves_is_followed():
     routes = recorded.routed_experts
     with torch.no_grad(), replay.replay(routes) as before:
         model(batch())
-    router = replay._routers[0]
+    router = replay.routers[0]
     assert router.formula.bias == "e_score_correction_bias"
     router.module.e_score_correction_bias += torch.randn(
         replay.num_experts, generator=torch.Generator().manual_seed(1)
@@ -111,7 +111,7 @@ def test_changed_routers_are_told_by_layer():
     for mixed in (False, True):
         with RouterReplay(model, gating="op") as replay:
             if mixed:
-                replay._routers[last] = intercepted._routers[last]
+                replay.routers[last] = intercepted.routers[last]
             with torch.no_grad(), replay.replay(routes) as stats:
                 model(batch())
         assert stats.changed_by_layer[:last].tolist() == [0] * last
@@ -184,7 +184,7 @@ def test_another_linear_function_keeps_the_gradients(qwen, monkeypatch, when):
     if when == "before attaching":
         monkeypatch.setattr(torch.nn.functional, "linear", linear_of_its_own)
     with RouterReplay(qwen, gating="op") as replay:
-        assert all(isinstance(router, GatedRouter) for router in replay._routers)
+        assert all(isinstance(router, GatedRouter) for router in replay.routers)
         monkeypatch.setattr(torch.nn.functional, "linear", linear_of_its_own)
         qwen.zero_grad()
         with replay.replay(foreign):
@@ -240,9 +240,9 @@ def test_rebound_forwards_do_what_watched_ones_do(model_type, checkpointing):
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         with RouterReplay(model, gating="intercept") as replay:
-            assert all(router.rebound is not None for router in replay._routers)
+            assert all(router.rebound is not None for router in replay.routers)
             if not rebound:
-                for router in replay._routers:
+                for router in replay.routers:
                     router.rebound = None
             with torch.no_grad(), replay.record() as recorded:
                 live = model(batch(), use_cache=False).logits
@@ -259,4 +259,4 @@ def test_masked_scores_are_watched():
     with RouterReplay(
         build_tiny("deepseek_v2", topk_method="group_limited_greedy", n_group=2, topk_group=1)
     ) as replay:
-        assert all(router.rebound is None for router in replay._routers)
+        assert all(router.rebound is None for router in replay.routers)

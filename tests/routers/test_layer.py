@@ -9,20 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_zoo import build_tiny
-from oracles import (
-    InDouble,
-    as_sets,
-    changed_rows,
-    differing,
-    executed_ids,
-    experts_of,
-    foreign_record,
-    gradients,
-    stacked,
-)
+from oracles import InDouble, as_sets, changed_rows, differing, foreign_record, gradients, stacked
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from trl_r3 import RouterReplay
+from trl_r3.cli.experts import executed_ids, experts_of
 
 
 def record_of(model, replay, ids, **kwargs):

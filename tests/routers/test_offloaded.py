@@ -8,11 +8,12 @@ from __future__ import annotations
 import accelerate
 import pytest
 import torch
-from oracles import as_sets, executed_ids, foreign_record, stacked
+from oracles import as_sets, foreign_record, stacked
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
+from trl_r3.cli.experts import executed_ids
 from trl_r3.routers import discovery
 
 

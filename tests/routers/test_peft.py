@@ -13,7 +13,6 @@ from oracles import (
     as_sets,
     changed_rows,
     differing,
-    executed_ids,
     foreign_record,
     gradients,
     stacked,
@@ -22,6 +21,7 @@ from oracles import (
 from peft import LoraConfig, get_peft_model
 
 from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
+from trl_r3.cli.experts import executed_ids
 
 ADAPTERS = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},

@@ -11,7 +11,6 @@ from oracles import (
     as_sets,
     changed_rows,
     differing,
-    executed_ids,
     foreign_record,
     gradients,
     stacked,
@@ -25,6 +24,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 
 from trl_r3 import RouterReplay
+from trl_r3.cli.experts import executed_ids
 
 RECOMPUTING = CHECKPOINTING[1:]
 

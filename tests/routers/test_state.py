@@ -11,13 +11,14 @@ import re
 import pytest
 import torch
 from model_zoo import build_tiny
-from oracles import changed_rows, differing, executed_ids, foreign_record, gradients, stacked, use_checkpointing
+from oracles import changed_rows, differing, foreign_record, gradients, stacked, use_checkpointing
 from peft import LoraConfig, get_peft_model
 from torch.nn.modules import module as torch_module
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.models.bert.modeling_bert import BertLMHeadModel
 
 from trl_r3 import RouterReplay, UnsupportedRouterError, disable_routing_replay, enable_routing_replay
+from trl_r3.cli.experts import executed_ids
 from trl_r3.routers.patches import Patch
 
 

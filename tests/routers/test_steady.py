@@ -8,22 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from noisy import NOISE, add_noise, same_draws
-from oracles import (
-    CHECKPOINTING,
-    as_sets,
-    changed_rows,
-    differing,
-    executed_ids,
-    gradients,
-    stacked,
-    use_checkpointing,
-)
+from oracles import CHECKPOINTING, as_sets, changed_rows, differing, gradients, stacked, use_checkpointing
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
 from trl_r3._compat import swapped
+from trl_r3.cli.experts import executed_ids
 
 RECOMPUTING = CHECKPOINTING[1:]
 

@@ -18,12 +18,13 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from oracles import as_sets, executed_ids, foreign_record, stacked
+from oracles import as_sets, foreign_record, stacked
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from trl_r3 import RouterReplay
+from trl_r3.cli.experts import executed_ids
 
 KINDS = {
     "tp": {"tp_size": 2},

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from peft import LoraConfig
 from trl.generation import vllm_client, vllm_generation
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer, SamplingMask, UnsupportedRouterError
-from trl_r3.engines import vllm_engine
+from trl_r3.cli.experts import experts_of, watched_experts
 from trl_r3.routers import discovery
+from trl_r3.trainers import construction
 
 MOE_LAYERS = [0, 2, 3]
 GENERATIONS = 2
@@ -94,31 +94,17 @@ class Watched(R3GRPOTrainer):
     def _expected(self, sequence: tuple[int, ...]) -> torch.Tensor:
         if not self.own_rollouts:
             return torch.from_numpy(routes_of(list(sequence))[:, MOE_LAYERS]).long()
-        record = next(s.record for s in self._rollout.samples if tuple(s.tokens.tolist()) == sequence)
+        record = next(s.record for s in self.rollout_samples if tuple(s.tokens.tolist()) == sequence)
         return record.long()
 
     def training_step(self, *args, **kwargs):
-        experts = [
-            (int(re.search(r"\.(\d+)\.", name)[1]), module)
-            for name, module in self.accelerator.unwrap_model(self.model).named_modules()
-            if name.endswith(".experts")
-        ]
-        assert [layer for layer, _ in experts] == MOE_LAYERS
-        handles = [
-            module.register_forward_pre_hook(
-                lambda module, args, layer=layer: self._note(
-                    layer, next(a for a in args if torch.is_tensor(a) and not a.is_floating_point()).detach().clone()
-                ),
-                prepend=True,
-            )
-            for layer, module in experts
-        ]
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            self.batch = None
-            for handle in handles:
-                handle.remove()
+        model = self.accelerator.unwrap_model(self.model)
+        assert sorted(experts_of(model)) == MOE_LAYERS
+        with watched_experts(model, self._note):
+            try:
+                return super().training_step(*args, **kwargs)
+            finally:
+                self.batch = None
 
     def _generate(self, *args, **kwargs):
         self.batch = None
@@ -157,7 +143,7 @@ def without_nccl() -> list[dict[str, list[int]]]:
     def update(client, metadata, params):
         sent.append({name: list(param.shape) for name, param in params})
 
-    for module in (vllm_client, vllm_generation, vllm_engine):
+    for module in (vllm_client, vllm_generation, construction):
         module.is_vllm_available = lambda *args, **kwargs: True
     for name in ("init_communicator", "close_communicator"):
         setattr(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from trainers.watching import make_tokenizer
 from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig
 
@@ -168,13 +169,13 @@ def test_model_attached_elsewhere_is_refused(qwen3, build):
     build(model)
 
 
-def test_config_of_trl_means_no_replay(qwen3, tmp_path, tools):
+def test_config_of_trl_means_no_replay(qwen3, tmp_path):
     trainer = R3GRPOTrainer(
         model=qwen3(),
         args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, num_generations=2),
         reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
         train_dataset=Dataset.from_dict({"prompt": ["ab"] * 8}),
-        processing_class=tools["make_tokenizer"](),
+        processing_class=make_tokenizer(),
     )
     with pytest.raises(RuntimeError, match="train"):
         _ = trainer.routing_replay

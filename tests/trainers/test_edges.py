@@ -7,6 +7,7 @@ import torch
 from model_zoo import build_tiny
 from peft import LoraConfig, PromptTuningConfig, TrainableTokensConfig
 from torch import nn
+from trainers.watching import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin
 from trl import SFTTrainer
 from trl.experimental.distillation import DistillationTrainer
@@ -92,7 +93,7 @@ def test_records_follow_the_tensors_of_a_batch(qwen3, train, check, gap, order, 
 def test_identities_that_stay_behind_are_an_error(qwen3, build, gap):
     class Indexing(R3GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
-            return indexed(super()._generate_and_score_completions(inputs), [3, 2, 1, 0], leave=["routed_samples"])
+            return indexed(super()._generate_and_score_completions(inputs), [3, 2, 1, 0], leave=["rollout_samples"])
 
     trainer = build(qwen3(), trainer_class=Indexing)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -112,12 +113,12 @@ def test_batches_of_unknown_records_are_an_error(qwen3, build, change):
             if change == "edited":
                 inputs["completion_ids"] = inputs["completion_ids"].roll(1, 1)
             elif change == "stale":
-                inputs["routed_samples"] = inputs["routed_samples"] - 4
+                inputs["rollout_samples"] = inputs["rollout_samples"] - 4
             else:
-                del inputs["routed_samples"]
+                del inputs["rollout_samples"]
             return super()._compute_loss(model, inputs)
 
-    words = {"edited": "tokens of the batch differ", "stale": "names sample", "lost": "has no `routed_samples`"}
+    words = {"edited": "tokens of the batch differ", "stale": "names sample", "lost": "has no `rollout_samples`"}
     with pytest.raises(RuntimeError, match=words[change]):
         build(qwen3(), trainer_class=Changing).train()
 
@@ -237,9 +238,9 @@ class TextProcessor(ProcessorMixin):
         return self.tokenizer(text)
 
 
-def test_text_through_a_processor(qwen3, train, check, gap, tools):
+def test_text_through_a_processor(qwen3, train, check, gap):
     """TRL takes a model for a vision model by its processor; what counts is the data."""
-    processor = TextProcessor(tools["make_tokenizer"]())
+    processor = TextProcessor(make_tokenizer())
     policy = qwen3()
     policy.config.image_token_id = 95  # which TRL looks for beside a processor
     trainer = train(policy, while_generating=gap["scrambled"], processing_class=processor)
@@ -247,20 +248,20 @@ def test_text_through_a_processor(qwen3, train, check, gap, tools):
     assert_updates_replay(trainer, check)
 
 
-def test_text_through_a_vision_language_model(train, tools):
+def test_text_through_a_vision_language_model(train):
     """Its decoder is fed embeddings, so the whole batch is held against the tokens of the records."""
     policy = build_tiny("qwen3_vl_moe")
-    trainer = train(policy, processing_class=TextProcessor(tools["make_tokenizer"]()), max_steps=1)
+    trainer = train(policy, processing_class=TextProcessor(make_tokenizer()), max_steps=1)
     (entry,) = [entry for entry in trainer.state.log_history if "routing_replay/replayed_frac" in entry]
     assert entry["routing_replay/replayed_frac"] == 1.0 and entry["routing_replay/changed_router_frac"] == 0.0
 
 
-def test_edited_tokens_of_a_vision_language_model_are_an_error(build, tools):
+def test_edited_tokens_of_a_vision_language_model_are_an_error(build):
     class Editing(R3GRPOTrainer):
         def _compute_loss(self, model, inputs):
             return super()._compute_loss(model, {**inputs, "completion_ids": inputs["completion_ids"].roll(1, 1)})
 
-    processor = TextProcessor(tools["make_tokenizer"]())
+    processor = TextProcessor(make_tokenizer())
     with pytest.raises(MisalignedRecordError, match="tokens of the batch differ"):
         build(build_tiny("qwen3_vl_moe"), trainer_class=Editing, processing_class=processor).train()
 

@@ -20,12 +20,12 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_r3.records.masked_batch import KeptRows, MaskedBatch
+from trl_r3.masks import kept_logprobs
+from trl_r3.masks.kept_logprobs import Head, KeptLogProbs
+from trl_r3.masks.masked_batch import KeptRows, MaskedBatch
+from trl_r3.masks.restricted_head import restricted_head
 from trl_r3.records.samples import Sample
-from trl_r3.records.sampling_masks import SamplingMask
-from trl_r3.trainers import kept_logprobs
-from trl_r3.trainers.kept_logprobs import Head, KeptLogProbs
-from trl_r3.trainers.restricted_head import restricted_head
+from trl_r3.records.sampling_mask import SamplingMask
 
 VOCAB, HIDDEN, N = 97, 24, 40
 

@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from trainers.watching import make_tokenizer
 from transformers import ContinuousBatchingConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
 from trl.experimental.gmpo import GMPOTrainer
@@ -188,12 +189,6 @@ def distinct():
     return lambda completions, **kwargs: [len(set(text)) + 0.1 * i for i, text in enumerate(completions)]
 
 
-@pytest.fixture(autouse=True)
-def _tokenizer(tools):
-    global make_tokenizer
-    make_tokenizer = tools["make_tokenizer"]
-
-
 CUTS = {
     "top_p": {"top_p": TOP_P},
     "top_k": {"top_k": 5},
@@ -249,24 +244,33 @@ def test_k3(make, batching):
     engine = {"use_transformers_continuous_batching": True}
     engine["transformers_continuous_batching_config"] = {"num_blocks": 64, page_size: 16}
     trainer = make(max_completion_length=24, num_iterations=2, **(engine if batching else {}))
-    outputs = []
+    outputs, samples = [], []
     own = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: outputs.append(own(inputs)) or outputs[-1]
+
+    def keep(inputs):
+        outputs.append(own(inputs))
+        samples.extend(trainer.rollout_samples)
+        return outputs[-1]
+
+    trainer._generate_and_score_completions = keep
     trainer.train()
     assert float(trainer.state.log_history[0]["sampling/k3_kl"]) <= 1e-10
     (batch,) = outputs
     _, weights, input_ids, attention_mask, width, logps, _ = trainer.passes[0]
     mask = batch["completion_mask"]
-    assert k3_kl(logps, batch["rollout_logprobs"], mask) <= 1e-10
+    sampled = torch.zeros_like(logps)
+    for row, sample in zip(sampled, samples, strict=True):
+        row[: len(sample.logprobs)] = sample.logprobs
+    assert k3_kl(logps, sampled, mask) <= 1e-10
     whole = torch.zeros_like(logps)
     for row in range(len(input_ids)):
         tokens = input_ids[row][attention_mask[row].bool()]
         count = int(mask[row].sum())
         scores = logits_of(trainer, weights, tokens.tolist()).log_softmax(1)[:-1].gather(1, tokens[1:, None])[:, 0]
         whole[row, :count] = scores[-count:]
-    assert k3_kl(whole, batch["rollout_logprobs"], mask) >= 1e-3
+    assert k3_kl(whole, sampled, mask) >= 1e-3
     if not batching:
-        masks = [sample.mask for sample in trainer._mask_rollout.samples]
+        masks = [sample.mask for sample in samples]
         assert sum(each.nbytes for each in masks) <= sum(4 * len(each.ids) + 8 * len(each) for each in masks)
 
 
@@ -296,6 +300,15 @@ def test_with_routing_replay(make, qwen3):
 
 
 def trained(trainer):
+    """Trains, and keeps the masks of every rollout, which are gone afterwards."""
+    trainer.masks, own = [], trainer._generate_and_score_completions
+
+    def keep(inputs):
+        output = own(inputs)
+        trainer.masks.extend(sample.mask for sample in getattr(trainer, "rollout_samples", []))
+        return output
+
+    trainer._generate_and_score_completions = keep
     trainer.train()
     return trainer
 
@@ -306,7 +319,7 @@ def test_nothing_is_cut(make):
     runs = [
         trained(make(top_p=1.0, use_sampling_mask_replay=on, num_iterations=2, **settings)) for on in (True, False)
     ]
-    assert all(not len(sample.mask.ids) for sample in runs[0]._mask_rollout.samples)
+    assert runs[0].masks and all(not len(mask.ids) for mask in runs[0].masks)
     for one, other in zip(*(run.state.log_history[:2] for run in runs), strict=True):
         for metric in ("loss", "grad_norm"):
             assert one[metric] == pytest.approx(other[metric], rel=1e-5, abs=1e-6), metric
@@ -429,11 +442,11 @@ def test_a_batch_that_lost_its_identities(make):
 
     def lose(inputs):
         output = own(inputs)
-        del output["masked_samples"]
+        del output["rollout_samples"]
         return output
 
     trainer._generate_and_score_completions = lose
-    with pytest.raises(RuntimeError, match="no `masked_samples` among"):
+    with pytest.raises(RuntimeError, match="no `rollout_samples` among"):
         trainer.train()
 
 
@@ -444,7 +457,7 @@ def test_a_batch_that_was_shuffled_without_its_identities(make):
 
     def swap(inputs):
         output = own(inputs)
-        output["masked_samples"] = output["masked_samples"].flip(0)
+        output["rollout_samples"] = output["rollout_samples"].flip(0)
         return output
 
     trainer._generate_and_score_completions = swap

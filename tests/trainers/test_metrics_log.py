@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from trainers.watching import same_sets
 
 from trl_r3 import R3GRPOTrainer
-from trl_r3.trainers.metric_names import SHARES
+from trl_r3.records.metrics import SHARES
+from trl_r3.trainers.log import ReplayLog
 
 REPLAY = [f"routing_replay/{name}_frac" for name in ("replayed", "missing", "changed_router", "changed_token")]
 MISMATCH = ["sampling/k3_kl", "sampling/extreme_token_frac"]
@@ -117,7 +119,7 @@ def test_mismatch_of_a_batch_without_loss_is_not_a_number(qwen3, train):
 
 @pytest.mark.parametrize("mode", ["R3", "R2"])
 @pytest.mark.parametrize("rollout", [None, "scrambled"])
-def test_changed_fractions_are_those_of_the_routers(qwen3, train, gap, tools, mode, rollout):
+def test_changed_fractions_are_those_of_the_routers(qwen3, train, gap, mode, rollout):
     run = {"num_iterations": 3, "max_steps": 3, "learning_rate": 3e-3, "routing_replay_mode": mode}
     trainer = train(qwen3(), while_generating=gap[rollout] if rollout else None, **run)
     old = trainer.of("old policy")[0]
@@ -206,7 +208,7 @@ class DropsRows(R3GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         generated = super()._generate_single_turn(*args, **kwargs)
         for sample, rows in self.lost.items():
-            self._turns[-1].records[sample][rows] = self.routing_replay.layout.missing
+            self._r3.turns.made[-1].records[sample][rows] = self.routing_replay.layout.missing
         return generated
 
 
@@ -225,7 +227,7 @@ def test_missing_rows_above_the_limit_raise(qwen3, train):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_missing_rows_route_live_in_every_pass(qwen3, train, gap, tools, checkpointing):
+def test_missing_rows_route_live_in_every_pass(qwen3, train, gap, checkpointing):
     trainer = train(
         qwen3(),
         trainer_class=DropsRows,
@@ -252,11 +254,11 @@ def test_missing_rows_route_live_in_every_pass(qwen3, train, gap, tools, checkpo
         recorded = torch.stack([expected[tuple(tokens)] for tokens in one.input_ids.tolist()])
         assert int((one.fed & (recorded[:, :, 0, 0] == -1)).sum()) == 2
         known = recorded[:, :, 0, 0] != -1
-        assert tools["same_sets"](one.executed[known], recorded[known])
+        assert same_sets(one.executed[known], recorded[known])
         _, live = forced(trainer.pristine, one, recorded)  # missing rows route live, all others as recorded
         missing = one.fed & ~known
-        assert tools["same_sets"](one.executed[missing], live[missing])
-        assert not tools["same_sets"](one.executed[missing], one.recorded[missing])
+        assert same_sets(one.executed[missing], live[missing])
+        assert not same_sets(one.executed[missing], one.recorded[missing])
     rows = int(updates[0].fed.sum())
     for name, value in (("missing", 2 / rows), ("replayed", 1 - 2 / rows)):
         for step in (1, 2, 3):
@@ -284,7 +286,7 @@ def test_rollout_without_any_record_routes_live_if_allowed(qwen3, train, check, 
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_all_metrics_cost_one_collective_a_log(qwen3, build, every):
+def test_metrics_of_one_process_meet_nobody(qwen3, build, every):
     trainer = build(
         qwen3(), max_steps=4, logging_steps=every, gradient_accumulation_steps=2, routing_replay_compare_every=1
     )
@@ -296,8 +298,38 @@ def test_all_metrics_cost_one_collective_a_log(qwen3, build, every):
 
     trainer.accelerator.reduce = reduce
     trainer.train()
-    ours = [size for size in sizes if len(size) == 2]
-    assert ours == [(len(SHARES), 2)] * (4 // every)
+    assert [size for size in sizes if len(size) == 2] == []
     logged_steps = [entry for entry in trainer.state.log_history if "sampling/live/k3_kl" in entry]
     assert len(logged_steps) == 4 // every
     assert all(set(SHARES) <= entry.keys() for entry in logged_steps)
+
+
+class Twin:
+    """An accelerator of two processes, of which the other has added the same."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self):
+        self.sizes = []
+
+    def reduce(self, tensor, reduction):
+        self.sizes.append(tuple(tensor.shape))
+        return 2 * tensor
+
+
+def test_processes_meet_once_a_step_and_never_in_a_log():
+    """TRL's `log` may be called on one process only: what it takes has been added up before."""
+    twin = Twin()
+    log = ReplayLog(twin)
+    for _ in range(3):
+        log.add("sampling/k3_kl", 1.0, 4.0)
+        log.add("routing_replay/agreement", torch.tensor(0.5), 1.0)
+    assert log.collect() == {} and twin.sizes == []  # nobody has met yet
+    log.meet()
+    log.add("sampling/k3_kl", 5.0, 0.0)
+    assert log._shared["sampling/k3_kl"].tolist() == [6.0, 24.0]
+    assert log.collect() == {"routing_replay/agreement": 0.5, "sampling/k3_kl": 0.25}
+    assert log.collect() == {}
+    log.meet()
+    assert log.collect() == {"sampling/k3_kl": None}
+    assert twin.sizes == [(len(SHARES), 2)] * 2

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from trainers.watching import instance_forwards, same_sets
 
 from trl_r3 import R3GRPOTrainer
 
@@ -83,7 +84,7 @@ def rows_by_tokens(one):
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_r2_replays_the_old_policy(model, train, check, gap, tools, checkpointing):
+def test_r2_replays_the_old_policy(model, train, check, gap, checkpointing):
     run = {**OFF_POLICY, "max_steps": 4, "while_generating": gap["scrambled"], **CHECKPOINTING[checkpointing]}
     trainer = train(model, routing_replay_mode="R2", **run)
     (old_policy,) = trainer.of("old policy")
@@ -93,9 +94,9 @@ def test_r2_replays_the_old_policy(model, train, check, gap, tools, checkpointin
     assert len(replaying) == (4 if checkpointing == "none" else 8)
     for one in replaying:
         expected = torch.stack([recorded[tuple(tokens)] for tokens in one.input_ids.tolist()])
-        assert tools["same_sets"](one.executed[one.fed], expected[one.fed])
+        assert same_sets(one.executed[one.fed], expected[one.fed])
         check.drifted(trainer, one)
-        assert not tools["same_sets"](one.executed[one.fed], one.recorded[one.fed])  # which is what R3 replays
+        assert not same_sets(one.executed[one.fed], one.recorded[one.fed])  # which is what R3 replays
 
 
 def test_r3_replays_the_rollout_and_not_the_old_policy(model, train, check, gap):
@@ -191,12 +192,12 @@ def fails_in_forward(train, model):
 
 @pytest.mark.parametrize("fails", [None, fails_in_reward, fails_in_backward, fails_in_forward])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_no_state_survives_training(qwen3, build, tools, fails, checkpointing):
+def test_no_state_survives_training(qwen3, build, fails, checkpointing):
     model, trainers = qwen3(), []
 
     def train(model, **kwargs):
         trainers.append(build(model, **kwargs, **CHECKPOINTING[checkpointing]))
-        trainers[0].forwards = tools["instance_forwards"](trainers[0].model)
+        trainers[0].forwards = instance_forwards(trainers[0].model)
         trainers[0].checkpoint_functions = checkpoint_functions(model)
         trainers[0].train()
 
@@ -206,7 +207,7 @@ def test_no_state_survives_training(qwen3, build, tools, fails, checkpointing):
         with pytest.raises(Stop):
             fails(train, model)
     (trainer,) = trainers
-    assert tools["instance_forwards"](model) == trainer.forwards
+    assert instance_forwards(model) == trainer.forwards
     assert list(trainer.forwards) == [""]  # the scoring head of TRL, on the model itself
     assert all("trl_r3" not in repr(function) for function in checkpoint_functions(model))
     with pytest.raises(RuntimeError, match="only while `train\\(\\)` runs"):
@@ -236,22 +237,22 @@ def same_bits_as_untouched(model, untouched):
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_no_state_survives_evaluation(qwen3, build, tools):
+def test_no_state_survives_evaluation(qwen3, build):
     model = qwen3()
     trainer = build(model, eval_dataset=Dataset.from_dict({"prompt": ["abc", "d"]}), per_device_eval_batch_size=2)
-    forwards = tools["instance_forwards"](model)
+    forwards = instance_forwards(model)
     trainer.evaluate()
-    assert tools["instance_forwards"](model) == forwards
+    assert instance_forwards(model) == forwards
     trainer.train()
     trainer.evaluate()
-    assert tools["instance_forwards"](model) == forwards
+    assert instance_forwards(model) == forwards
     assert same_bits_as_untouched(model, qwen3())
 
 
-def test_construction_leaves_the_model_alone(qwen3, build, tools):
+def test_construction_leaves_the_model_alone(qwen3, build):
     model = qwen3()
     build(model)
-    assert list(tools["instance_forwards"](model)) == [""]
+    assert list(instance_forwards(model)) == [""]
     assert same_bits_as_untouched(model, qwen3())
 
 
@@ -313,7 +314,7 @@ def spells_its_tokens(one, same_sets):
     "setting", [{}, {"pad_to_multiple_of": 8}, {"per_device_train_batch_size": 2}, {"shuffle_dataset": False}]
 )
 @pytest.mark.parametrize("end", [0.0, 3.0])
-def test_every_row_is_that_of_its_token(qwen3, train, gap, tools, setting, end):
+def test_every_row_is_that_of_its_token(qwen3, train, gap, setting, end):
     """Through padding left and right, chunks, shuffling and splitting."""
     trainer = train(
         oracle(qwen3(num_experts_per_tok=2)),
@@ -325,7 +326,7 @@ def test_every_row_is_that_of_its_token(qwen3, train, gap, tools, setting, end):
     updates = trainer.of("update")
     assert len(updates) == 12
     for one in trainer.of("old policy") + updates + trainer.of("recompute"):
-        assert spells_its_tokens(one, tools["same_sets"])
+        assert spells_its_tokens(one, same_sets)
     for one in updates:
         live, spelling = trainer.live_routes(one)[one.fed], spelt(one.input_ids)[one.fed]
         assert (live.sort(-1).values != spelling.sort(-1).values).any(-1).all()  # in every row and layer
@@ -336,20 +337,20 @@ class Misaligned(R3GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        self.generated, self.served = [sample.record for sample in self._rollout.samples], 0
+        self.generated, self.served = [sample.record for sample in self.rollout_samples], 0
         return batch
 
     def _compute_loss(self, model, inputs):
-        own = self._rollout
-        chosen = own.of_identities(inputs["routed_samples"].tolist())
+        own = self._r3.rollout
+        chosen = own.of_identities(inputs["rollout_samples"].tolist())
         others = self.instead([sample.record for sample in chosen])
         by_identity = {sample.identity: other for sample, other in zip(chosen, others, strict=True)}
         samples = [replace(each, record=by_identity.get(each.identity, each.record)) for each in own.samples]
-        self._rollout = replace(own, samples=samples)
+        self._r3.rollout = replace(own, samples=samples)
         try:
             return super()._compute_loss(model, inputs)
         finally:
-            self._rollout = own
+            self._r3.rollout = own
 
 
 class OneLate(Misaligned):
@@ -387,7 +388,7 @@ class LastRowOfZeros(Misaligned):
 @pytest.mark.parametrize(
     "variant", [OneLate, OneEarly, OfTheNeighbour, InOrderOfGeneration, NextLayer, LastRowOfZeros]
 )
-def test_misaligned_rows_are_told_apart(qwen3, train, gap, tools, variant):
+def test_misaligned_rows_are_told_apart(qwen3, train, gap, variant):
     trainer = train(
         oracle(qwen3(num_experts_per_tok=2)),
         trainer_class=variant,
@@ -397,6 +398,6 @@ def test_misaligned_rows_are_told_apart(qwen3, train, gap, tools, variant):
         **ORACLE,
     )
     for one in trainer.of("old policy"):
-        assert spells_its_tokens(one, tools["same_sets"])
+        assert spells_its_tokens(one, same_sets)
     for one in trainer.of("update"):
-        assert not spells_its_tokens(one, tools["same_sets"])
+        assert not spells_its_tokens(one, same_sets)

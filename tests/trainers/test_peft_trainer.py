@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from trainers.watching import instance_forwards
 from trl import GRPOTrainer
 
 from trl_r3 import R3GRPOTrainer
@@ -82,11 +83,11 @@ def test_router_learns(qwen3, train, adapters):
 
 
 @pytest.mark.parametrize("adapters", ["attention", "experts", "router", "all"])
-def test_nothing_is_left(qwen3, build, tools, adapters):
+def test_nothing_is_left(qwen3, build, adapters):
     trainer = build(qwen3(), peft_config=LoraConfig(r=4, **ADAPTERS[adapters]))
-    before = tools["instance_forwards"](trainer.model)
+    before = instance_forwards(trainer.model)
     trainer.train()
-    assert tools["instance_forwards"](trainer.model) == before
+    assert instance_forwards(trainer.model) == before
     pristine, ids = trainer.pristine, torch.arange(2, 34).reshape(2, 16)
     pristine.load_state_dict(trainer.model.state_dict())
     with torch.no_grad():

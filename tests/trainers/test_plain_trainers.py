@@ -8,14 +8,15 @@ import pytest
 import torch
 from datasets import Dataset
 from noisy import add_noise
-from oracles import as_sets, changed_rows, executed_ids
+from oracles import as_sets, changed_rows
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_r3 import enable_routing_replay
 from trl_r3._compat import without_checkpointing
-from trl_r3.cli.demo.model import build_tokenizer
+from trl_r3.cli.demo.policy import build_tokenizer
+from trl_r3.cli.experts import executed_ids
 
 (CHECKPOINTING,) = without_checkpointing()  # the name of the argument
 TEXTS = ["12+34=46", "1+2=3", "55+5=60", "7+70=77"]

@@ -6,52 +6,54 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from trainers.watching import instance_forwards, make_tokenizer, same_sets
 from transformers import Qwen3MoeForSequenceClassification
 
 from trl_r3 import R3GRPOTrainer
+from trl_r3.cli.experts import executed_ids
 
 OFF_POLICY = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-2}
 
 
 @pytest.fixture
-def saved(qwen3, tmp_path, tools):
+def saved(qwen3, tmp_path):
     """A folder with a model: TRL loads the reference policy from where the policy came from."""
     qwen3().save_pretrained(tmp_path / "policy")
-    tools["make_tokenizer"]().save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
     return str(tmp_path / "policy")
 
 
-def live_routes(model, one, tools):
+def live_routes(model, one):
     """(B, T, L, K) that a model of its own executes."""
-    with torch.no_grad(), tools["executed_ids"](model) as calls:
+    with torch.no_grad(), executed_ids(model) as calls:
         model(input_ids=one.input_ids, attention_mask=one.attention_mask, use_cache=False)
     return torch.stack([torch.cat(calls[n]).unflatten(0, (len(one.input_ids), -1)) for n in sorted(calls)], dim=2)
 
 
-def assert_routed_as(model, one, tools):
+def assert_routed_as(model, one):
     real = one.attention_mask.bool()
-    assert tools["same_sets"](one.executed[real], live_routes(model, one, tools)[real])
+    assert same_sets(one.executed[real], live_routes(model, one)[real])
 
 
 @pytest.mark.parametrize("mode", ["R3", "R2"])
-def test_reference_model_is_live_and_untouched(saved, qwen3, build, check, gap, tools, mode):
+def test_reference_model_is_live_and_untouched(saved, qwen3, build, check, gap, mode):
     seen = []
 
     def reward(completions, **kwargs):
-        seen.append(tools["instance_forwards"](trainer.ref_model))
+        seen.append(instance_forwards(trainer.ref_model))
         return [float(len(set(text))) for text in completions]
 
     run = {**OFF_POLICY, "beta": 0.1, "reward": reward, "while_generating": gap["scrambled"]}
     trainer = build(saved, routing_replay_mode=mode, **run)
-    before = tools["instance_forwards"](trainer.ref_model)
+    before = instance_forwards(trainer.ref_model)
     hooks = {name: list(m._forward_hooks) for name, m in trainer.ref_model.named_modules()}
     trainer.train()
     assert list(before) == [""]  # the scoring head of TRL
     assert seen == [before] * 2  # while the policy is attached
     assert {name: list(m._forward_hooks) for name, m in trainer.ref_model.named_modules()} == hooks
     for one in trainer.of("reference"):
-        assert_routed_as(qwen3(), one, tools)
-        assert not tools["same_sets"](one.executed[one.fed], one.recorded[one.fed])
+        assert_routed_as(qwen3(), one)
+        assert not same_sets(one.executed[one.fed], one.recorded[one.fed])
     if mode == "R3":
         for one in trainer.of("old policy") + trainer.of("update"):
             check.replayed(one)
@@ -67,41 +69,41 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
-def test_reference_with_adapters_off_is_live(qwen3, train, check, gap, tools, adapters):
+def test_reference_with_adapters_off_is_live(qwen3, train, check, gap, adapters):
     peft_config = LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[adapters])
     run = {**OFF_POLICY, "beta": 0.1, "while_generating": gap["scrambled"]}
     trainer = train(qwen3(), peft_config=peft_config, **run)
     base = qwen3()
     assert len(trainer.of("reference")) == 2
     for one in trainer.of("reference"):
-        assert_routed_as(base, one, tools)
-        assert not tools["same_sets"](one.executed[one.fed], one.recorded[one.fed])
+        assert_routed_as(base, one)
+        assert not same_sets(one.executed[one.fed], one.recorded[one.fed])
     for one in trainer.of("old policy") + trainer.of("update") + trainer.of("recompute"):
         check.replayed(one)
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
-def test_reference_adapter_is_live(qwen3, train, check, gap, tools, adapters):
+def test_reference_adapter_is_live(qwen3, train, check, gap, adapters):
     policy = get_peft_model(qwen3(), LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[adapters]))
     start = copy.deepcopy(policy)
     run = {**OFF_POLICY, "beta": 0.1, "while_generating": gap["scrambled"]}
     trainer = train(policy, **run)
     assert "ref" in policy.peft_config
     for one in trainer.of("reference"):
-        assert_routed_as(start, one, tools)
-        assert not tools["same_sets"](one.executed[one.fed], one.recorded[one.fed])
+        assert_routed_as(start, one)
+        assert not same_sets(one.executed[one.fed], one.recorded[one.fed])
     for one in trainer.of("old policy") + trainer.of("update") + trainer.of("recompute"):
         check.replayed(one)
 
 
-def test_adapters_alone_change_the_routes(qwen3, train, tools):
+def test_adapters_alone_change_the_routes(qwen3, train):
     """Or the two tests above could not tell the reference from the policy."""
     trainer = train(qwen3(), peft_config=LoraConfig(r=4, init_lora_weights=False, **ADAPTERS["attention"]))
     one = trainer.of("update")[0]
-    assert not tools["same_sets"](trainer.live_routes(one)[one.fed], live_routes(qwen3(), one, tools)[one.fed])
+    assert not same_sets(trainer.live_routes(one)[one.fed], live_routes(qwen3(), one)[one.fed])
 
 
-def test_reward_model_is_live_and_untouched(qwen3, train, check, gap, tools):
+def test_reward_model_is_live_and_untouched(qwen3, train, check, gap):
     config = copy.deepcopy(qwen3().config)
     config.num_labels = 1
     torch.manual_seed(7)
@@ -110,15 +112,15 @@ def test_reward_model_is_live_and_untouched(qwen3, train, check, gap, tools):
 
     def note(module, args, kwargs):
         inputs.append(kwargs)
-        forwards.append(tools["instance_forwards"](module))
+        forwards.append(instance_forwards(module))
 
     handle = judge.register_forward_pre_hook(note, with_kwargs=True)
-    with tools["executed_ids"](judge) as executed:
+    with executed_ids(judge) as executed:
         run = {**OFF_POLICY, "while_generating": gap["scrambled"]}
-        trainer = train(qwen3(), reward=judge, reward_processing_classes=tools["make_tokenizer"](), **run)
+        trainer = train(qwen3(), reward=judge, reward_processing_classes=make_tokenizer(), **run)
     handle.remove()
     assert forwards == [{}] * 2
-    with torch.no_grad(), tools["executed_ids"](twin) as expected:
+    with torch.no_grad(), executed_ids(twin) as expected:
         for kwargs in inputs:
             twin(**kwargs)
     assert sorted(executed) == [0, 2, 3]
@@ -164,12 +166,12 @@ def test_evaluation_does_not_touch_the_buffered_record(qwen3, train, check):
         check.replayed(one)
 
 
-def test_untrained_copy_of_the_policy_stays_live(qwen3, build, tools):
+def test_untrained_copy_of_the_policy_stays_live(qwen3, build):
     """A model that shares the policy's class, as in a judge, has no way into the registry: there is none."""
     judge, seen = qwen3(1), []
 
     def reward(completions, **kwargs):
-        seen.append(tools["instance_forwards"](judge))
+        seen.append(instance_forwards(judge))
         ids = torch.arange(2, 20)[None]
         with torch.no_grad():
             seen.append(torch.equal(judge(input_ids=ids).logits, expected))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from trl_r3 import RoutingReportCallback
-from trl_r3.trainers.report_callback import TAG
+from trl_r3.traces.report_callback import TAG
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_trackio(report, tmp_path, monkeypatch):
 
 def test_an_image_shows_every_step_so_far(report, monkeypatch, tmp_path):
     """Without a tracker: what is drawn, as it would be logged."""
-    from trl_r3.trainers import report_callback
+    from trl_r3.traces import report_callback
 
     drawn = []
     monkeypatch.setitem(report_callback._TRACKERS, "nowhere", lambda args, image, step: drawn.append((step, image)))

@@ -81,6 +81,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+from trl_r3.cli.experts import watched_experts
 
 folder = sys.argv[1]
 torch.set_num_threads(1)
@@ -105,12 +106,10 @@ class Noting(R3GRPOTrainer):
     def __init__(self, model, **kwargs):
         self.passes, self.executed = [], {}
         super().__init__(model, **kwargs)
-        for layer in (0, 2):
-            experts = model.model.layers[layer].mlp.experts
-            experts.register_forward_pre_hook(lambda module, args, layer=layer: self._note(layer, args))
+        self.watch = watched_experts(model, self._note)
+        self.watch.__enter__()
 
-    def _note(self, layer, args):
-        ids = next(arg for arg in args if not arg.is_floating_point())
+    def _note(self, layer, ids):
         self.executed.setdefault(layer, []).append(ids.tolist())
 
     def _noted(self, name, function, *args, **kwargs):

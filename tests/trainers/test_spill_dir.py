@@ -20,7 +20,7 @@ class Files(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.files.append({str(path) for path in self.folder.rglob("*.safetensors")})
-        self.records.append([sample.record for sample in self.trainer._rollout.samples])
+        self.records.append([sample.record for sample in self.trainer.rollout_samples])
 
 
 @pytest.mark.parametrize("mode", ["R3", "R2"])
@@ -97,8 +97,7 @@ def test_records_go_before_the_next_rollout_is_made(qwen3, build, tmp_path):
 
     class Watched(R3GRPOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
-            rollout = self._rollout
-            held.append(0 if rollout is None else sum(sample.record.numel() for sample in rollout.samples))
+            held.append(sum(sample.record.numel() for sample in self.rollout_samples))
             return super()._generate_single_turn(*args, **kwargs)
 
     trainer = build(qwen3(), trainer_class=Watched, max_steps=3)
@@ -106,7 +105,7 @@ def test_records_go_before_the_next_rollout_is_made(qwen3, build, tmp_path):
 
     class Sizes(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            sizes.append(sum(sample.record.numel() for sample in trainer._rollout.samples))
+            sizes.append(sum(sample.record.numel() for sample in trainer.rollout_samples))
 
     trainer.add_callback(Sizes())
     trainer.train()

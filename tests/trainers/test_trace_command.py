@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_r3 import load_trace
 from trl_r3.cli.command import main
-from trl_r3.cli.verify import trace as trace_command
-from trl_r3.records.trace_file import find_traces
+from trl_r3.cli.verify import from_trace as trace_command
+from trl_r3.traces.trace_file import find_traces
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import trl_r3
 from trl_r3 import load_trace
-from trl_r3.records.trace_file import find_traces
-from trl_r3.trainers.verify_trace import verify_trace
+from trl_r3.traces.trace_file import find_traces
+from trl_r3.traces.trace_replay import verify_trace
 
 SCRIPT = """
 import json

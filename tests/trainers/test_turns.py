@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_r3 import RoutingLayout, Turn, stitch
-from trl_r3.engines.turns import RolloutRecord
+from trl_r3.records.record import missing_rows, slice_samples
 from trl_r3.records.samples import Sample, ScoredBatch
-from trl_r3.records.storage import slice_samples
 
 SHAPE = RoutingLayout(moe_layers=(0, 2, 3), num_decoder_layers=4, num_experts=100, top_k=2)
 MISSING = SHAPE.missing
@@ -75,7 +74,7 @@ def test_each_row_is_that_of_the_first_turn_that_fed_its_token(conversation):
         assert record.shape[0] == len(prompts[sample]) + len(completions[sample]) - 1
         for position, row in enumerate(record):
             assert torch.equal(row, earliest(turns, turn_counts, sample, position))
-    assert joined.missing_share(SHAPE) == (0.0, None)
+    assert not any(missing_rows(record, SHAPE).any() for record in joined.records)
 
 
 @few
@@ -142,7 +141,7 @@ def test_missing_last_row_of_a_turn_is_filled_by_the_next():
     first, second = two_turns()
     first.records = [torch.cat([first.records[0], torch.full((1, 3, 2), MISSING, dtype=torch.uint8)])]
     joined = stitch([first, second], [[5, 6]], [[7, 8, 9, 10, 11]], SHAPE)
-    assert joined.missing_share(SHAPE) == (0.0, None)
+    assert not any(missing_rows(record, SHAPE).any() for record in joined.records)
 
 
 def test_one_row_too_many_at_the_end_is_dropped():
@@ -186,7 +185,7 @@ def test_tokens_that_no_turn_fed_are_missing():
     joined = stitch([first], [[5, 6]], [[7, 8, 9, 10, 11]], SHAPE)
     assert (joined.records[0][3:] == MISSING).all()
     assert torch.equal(joined.records[0][:3], first.records[0])
-    assert joined.missing_share(SHAPE) == (3 / 6, 0)
+    assert int(missing_rows(joined.records[0], SHAPE).sum()) == 3
 
 
 def test_tokens_that_changed_after_the_turn_are_missing():
@@ -195,14 +194,6 @@ def test_tokens_that_changed_after_the_turn_are_missing():
     (record,) = stitch([first], [[5, 6]], [[17, 8]], SHAPE).records
     assert torch.equal(record[:2], first.records[0][:2])
     assert (record[2:] == MISSING).all()
-
-
-def test_missing_share_names_the_first_sample():
-    generator = torch.Generator().manual_seed(0)
-    whole, torn = some_rows(3, generator), some_rows(5, generator)
-    torn[4] = MISSING
-    assert RolloutRecord([1, 1], [whole, torn], None).missing_share(SHAPE) == (1 / 8, 1)
-    assert RolloutRecord([1], [whole[:0]], None).missing_share(SHAPE) == (0.0, None)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

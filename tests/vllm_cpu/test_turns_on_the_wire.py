@@ -11,8 +11,8 @@ import torch
 from test_vllm_engine import start, tokens
 
 from trl_r3 import RoutingLayout, stitch
-from trl_r3.engines.capture import capture
 from trl_r3.engines.known_routes import KnownRoutes
+from trl_r3.engines.vllm_colocate import recorded_llm
 
 pytestmark = pytest.mark.vllm
 
@@ -33,11 +33,11 @@ def converse(llm, prompts, known_of_turn):
 
     torch.manual_seed(0)
     generation = SimpleNamespace(llm=llm, tensor_parallel_size=1, tp_group=None)
-    trainer = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_generation=generation, tools=[print])
+    trainer = SimpleNamespace(vllm_generation=generation)
     sampling = SamplingParams(temperature=1.0, logprobs=0, max_tokens=SAMPLED, ignore_eos=True)
     turns, sent, given = [], [], prompts
     for turn in range(TURNS):
-        with capture(trainer, SimpleNamespace(layout=LAYOUT), known_of_turn()) as make_turn:
+        with recorded_llm(trainer, LAYOUT, False, known_of_turn()) as make_turn:
             inputs = [{"prompt_token_ids": ids} for ids in given]
             outputs = llm.generate(inputs, sampling_params=sampling, use_tqdm=False)
         said = [list(output.outputs[0].token_ids) for output in outputs]

@@ -19,7 +19,7 @@ import torch
 from oracles import kept_rows
 from test_vllm_trainer import make
 
-from trl_r3.engines.vllm_client import RecordingVLLMClient
+from trl_r3.engines.vllm_server import RecordingVLLMClient
 
 pytestmark = pytest.mark.vllm
 
@@ -67,6 +67,14 @@ def trained(tmp_path, model_folder, monkeypatch):
         engine = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256}
         trainer = make(tmp_path, model_folder, max_steps=2, **engine, **{**sampling, **settings})
         assert asked["return_sampling_mask"] == settings["use_sampling_mask_replay"]
+        trainer.samples, own = [], trainer._generate_and_score_completions
+
+        def keep(inputs: Any) -> Any:  # rollouts are gone when training is over
+            output = own(inputs)
+            trainer.samples.extend(trainer.rollout_samples)
+            return output
+
+        trainer._generate_and_score_completions = keep
         trainer.train()
         return trainer
 
@@ -86,7 +94,8 @@ def test_training_is_over_what_vllm_kept(trained, routes):
     k3 = [float(log["sampling/k3_kl"]) for log in trainer.state.log_history if "sampling/k3_kl" in log]
     assert len(k3) == 2
     assert max(k3) <= 1e-10
-    for sample in trainer._mask_rollout.samples:
+    assert trainer.samples
+    for sample in trainer.samples:
         counts = sample.mask.counts
         assert len(counts) == len(sample.tokens) - sample.prompt_length
         assert 0 < int(counts.min()) <= int(counts.max()) <= 40

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..records.agreement import changed_layers
+from ..records.metrics import changed_layers
 from ..routers.router_replay import RouterReplay
 from ..routers.self_check import UnsupportedRouterError
 from .models import LoadedModel, adapter_base, config_of, device_of, dtype_of, load_model, refuse_dense_model
@@ -117,7 +117,7 @@ def _tokens(model: Any) -> Tensor:
 
 
 def _table(model: Any, replay: RouterReplay, findings: dict[str, tuple[bool, str]]) -> Table:
-    routers = sorted({f"{type(router.module).__name__}" for router in replay._routers})
+    routers = sorted({f"{type(router.module).__name__}" for router in replay.routers})
     dense = sorted(set(range(replay.num_decoder_layers)) - set(replay.moe_layers))
     table = Table(title=type(model).__name__, show_header=False)
     table.add_row("routers", ", ".join(routers))

@@ -51,14 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_plan(commands)
 
-    bench = commands.add_parser("bench", help="measure what replay costs on this CPU, and what it keeps")
-    bench.add_argument("--output", type=Path, default=None, help="JSON file to write the numbers to")
-    parts = bench.add_subparsers(dest="part")
-    gating = parts.add_parser("gating", help="measure the gating op instead, on a GPU")
-    gating.add_argument("--dry", action="store_true", help="few tokens and repeats: the times mean nothing")
-    gating.add_argument("--device", choices=("cpu", "cuda"), default=None, help="device to measure (default: cuda)")
-    parts.add_parser("scale", help="measure whether records cost the same a token from 1k to 32k tokens a sequence")
-
     report = commands.add_parser("report", help="draw what a run's traces and log say about its routing")
     report.add_argument("folder", type=Path, help="the `output_dir` of a run, or a folder with traces")
     report.add_argument("--output", type=Path, default=None, help="folder to write to (default: inside the first)")
@@ -126,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    commands = {"demo": _demo, "check": _check, "plan": _plan, "verify": _verify, "bench": _bench, "report": _report}
+    commands = {"demo": _demo, "check": _check, "plan": _plan, "verify": _verify, "report": _report}
     return commands[args.command](args)
 
 
@@ -148,9 +140,9 @@ def _verify(args: argparse.Namespace) -> int:
     from . import verify
 
     if args.trace is not None:
-        from .verify import trace
+        from .verify import from_trace
 
-        return trace.main(args.model, args.trace, args.device, args.json)
+        return from_trace.main(args.model, args.trace, args.device, args.json)
     return verify.main(args.model, args.engine, args.url, args.dtype, args.device, args.json)
 
 
@@ -159,24 +151,6 @@ def _plan(args: argparse.Namespace) -> int:
 
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "model", "json")}
     return plan.main(args.model, args.json, settings)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    if args.part == "gating":
-        from .bench import gating
-
-        return gating.run(args.dry, args.device)
-    if args.part == "scale":
-        from .bench import scale
-
-        scale.run(args.output)
-        return 0
-    from . import bench
-
-    if args.output is not None:
-        check_writable(args.output.parent)
-    findings = bench.main(args.output)
-    return 1 if any(finding.met is False for finding in findings) else 0
 
 
 def _report(args: argparse.Namespace) -> int:

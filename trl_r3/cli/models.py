@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._compat import is_causal_lm
 from ..routers.discovery import refuse_dense
 from ..routers.self_check import UnsupportedRouterError
 from .bad_input import BadInput, first_line
@@ -156,6 +157,5 @@ def _unloadable(name: str, error: Exception) -> str:
 def _from_pretrained(name: str, dtype: Any, downloads: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    causal = type(config_of(name)) in AutoModelForCausalLM._model_mapping
-    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    auto = AutoModelForCausalLM if is_causal_lm(config_of(name)) else AutoModelForImageTextToText
     return auto.from_pretrained(name, dtype=dtype, local_files_only=not downloads)

@@ -1,4 +1,4 @@
-"""Routes of Transformers' continuous batching: which tokens of which request each packed forward held.
+"""Transformers' continuous batching: which tokens of which request each packed forward held, and what it drew.
 
 Legend: N tokens of a packed forward, D requests of it that draw a token, R rows of a request, C its completion tokens,
 L MoE layers, K experts per token, V vocabulary.
@@ -7,35 +7,53 @@ L MoE layers, K experts per token, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
-from .._compat import swapped
-from ..records.sources import RecordedRoutes
+from .._compat import batching_sampler, batching_step, swapped
+from ..records.metrics import drawn_logprobs
+from ..records.sampling_mask import SamplingMask, kept_rows
+from ..routers.passes import RecordedRoutes
 from ..routers.router_replay import RouterReplay
+from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 
 
-class RecordedBatches:
-    """The rows and log-probabilities of each request, collected over the steps of a call of `generate_batch`."""
+class Draw(NamedTuple):
+    """A sampled token, its log-probability, and what was left to draw from, where that is recorded."""
 
-    def __init__(self, recorded: RecordedRoutes):
+    token: int
+    logprob: float
+    kept: Tensor | None
+
+
+class RecordedSteps:
+    """
+    What the steps of a call of `generate_batch` did, by request: rows, draws.
+
+    Args:
+        recorded ([`RecordedRoutes`], *optional*):
+            What the routers of the model record; `None` where no routes are wanted.
+    """
+
+    def __init__(self, recorded: RecordedRoutes | None):
         self._recorded = recorded
-        self._drawn: dict[str, dict[int, tuple[int, float]]] = {}  # by position: token, log-probability
+        self._draws: dict[str, dict[int, Draw]] = {}  # by request and position
         self._rows: dict[str, list[Tensor]] = {}
         self._filled: dict[str, int] = {}
 
     def add_step(self, fed: Sequence[tuple[str, int, int]]) -> None:
         """
-        Take the forward that has just run.
+        Take the routes of the forward that has just run.
 
         Args:
             fed (sequence of `tuple[str, int, int]`):
                 Request, position of its first token and number of its tokens, in the order they are packed.
         """
+        if self._recorded is None:
+            return
         packed = self._recorded.forwards.pop()[0]
         self._recorded.tokens.clear()
         expected = sum(count for _, _, count in fed)
@@ -58,40 +76,57 @@ class RecordedBatches:
                 self._rows.setdefault(request, []).append(new)
                 self._filled[request] = filled + new.shape[0]
 
-    def add_draws(self, drew: Sequence[tuple[str, int]], tokens: Tensor, logits: Tensor) -> None:
+    def add_draws(
+        self, drew: Sequence[tuple[str, int]], tokens: Tensor, logits_DV: Tensor, scores_DV: Tensor | None = None
+    ) -> None:
         """
         Score the tokens that a step drew.
 
         Args:
             drew (sequence of `tuple[str, int]`):
                 Request and position of each of its tokens.
-            tokens (`torch.Tensor` of shape `(D,)`), logits (`torch.Tensor` of shape `(D, V)`):
-                The tokens, and the logits of the model divided by the temperature.
+            tokens (`torch.Tensor` of shape `(D,)`):
+                The tokens.
+            logits_DV (`torch.Tensor` of shape `(D, V)`):
+                The logits of the model divided by the temperature.
+            scores_DV (`torch.Tensor` of shape `(D, V)`, *optional*):
+                What was drawn from, -inf where it was cut. Log-probabilities are over what is left then, else over the
+                whole vocabulary.
         """
-        logprobs = logits.gather(1, tokens[:, None].long())[:, 0] - logits.logsumexp(1)
-        for (request, position), token, logprob in zip(drew, tokens.tolist(), logprobs.tolist(), strict=True):
+        kept: Sequence[Tensor | None] = [None] * len(drew)
+        if scores_DV is not None:
+            kept, logits_DV = kept_rows(scores_DV), logits_DV.masked_fill(scores_DV == -torch.inf, -torch.inf)
+        logprobs = drawn_logprobs(logits_DV, tokens)
+        for (request, position), *draw in zip(drew, tokens.tolist(), logprobs.tolist(), kept, strict=True):
             # an evicted request is prefilled again; what was drawn first stays
-            self._drawn.setdefault(request, {}).setdefault(position, (token, logprob))
+            self._draws.setdefault(request, {}).setdefault(position, Draw(*draw))
 
     def rows(self, request: str) -> Tensor:
         """Ids of shape `(R, L, K)` of a request, on the host."""
         return torch.cat(self._rows[request]).cpu()
 
-    def logprobs(self, request: str, output: Any) -> Tensor:
-        """
-        Of shape `(C,)`, of the tokens that a request sampled, over the whole vocabulary: those of `output` are
-        normalised over what truncated sampling kept.
-        """
-        drawn = self._drawn.get(request, {})
+    def draws(self, request: str, output: Any) -> list[Draw]:
+        """Of the C tokens that a request sampled: what `output` says of them is normalised over what was kept."""
+        drawn = self._draws.get(request, {})
         first, tokens = len(output.prompt_ids), list(output.generated_tokens)
-        draws = [drawn.get(first + i, (None, float("nan"))) for i in range(len(tokens))]
-        wrong = [i for i, (token, _) in enumerate(draws) if token != tokens[i]]
-        if wrong:
-            raise RuntimeError(
-                f"{request} returned token {tokens[wrong[0]]} at position {first + wrong[0]}, but its steps drew "
-                f"{draws[wrong[0]][0]}, so its log-probability is unknown. Generate without continuous batching."
-            )
-        return torch.tensor([logprob for _, logprob in draws])
+        draws = []
+        for position, token in enumerate(tokens, first):
+            draw = drawn.get(position)
+            if draw is None or draw.token != token:
+                raise RuntimeError(
+                    f"{request} returned token {token} at position {position}, but its steps drew "
+                    f"{draw and draw.token}, so its log-probability is unknown. Generate without continuous batching."
+                )
+            draws.append(draw)
+        return draws
+
+    def logprobs(self, request: str, output: Any) -> Tensor:
+        """Of shape `(C,)`, of the tokens that a request sampled."""
+        return torch.tensor([draw.logprob for draw in self.draws(request, output)])
+
+    def mask(self, request: str, output: Any) -> SamplingMask:
+        """Of C rows."""
+        return SamplingMask.of([draw.kept for draw in self.draws(request, output) if draw.kept is not None])
 
     def check(self, inputs: Sequence[Sequence[int]], outputs: dict[str, Any]) -> None:
         """Refuse a call that lost requests: TRL would pair what is left with the wrong prompts."""
@@ -102,6 +137,8 @@ class RecordedBatches:
                 f"continuous batching returned {len(outputs) - len(failed)} of {len(inputs)} requests{reason}. If its "
                 f"cache was too small, raise `max_memory_percent`; else generate without it."
             )
+        if self._recorded is None:
+            return
         for request, output in outputs.items():
             expected = len(output.prompt_ids) + len(output.generated_tokens) - 1
             if self._filled.get(request, 0) < expected:
@@ -113,24 +150,25 @@ class RecordedBatches:
 
 
 @contextmanager
-def recorded_batches(replay: RouterReplay, temperature: float) -> Iterator[RecordedBatches]:
+def recorded_steps(replay: RouterReplay | None, temperature: float, masks: bool = False) -> Iterator[RecordedSteps]:
     """
     Record every step of continuous batching inside.
 
     Args:
-        replay ([`RouterReplay`]):
-            Handle on the model that generates.
+        replay ([`RouterReplay`], *optional*):
+            Handle on the model that generates; `None` to record no routes.
         temperature (`float`):
             What the trainer divides logits by.
+        masks (`bool`, *optional*, defaults to `False`):
+            Whether to record what sampling kept.
 
     Yields:
-        [`RecordedBatches`].
+        [`RecordedSteps`].
     """
-    own_step = ContinuousBatchProcessor._generation_step
-    with replay.record() as recorded:
-        batches = RecordedBatches(recorded)
+    with replay.record() if replay is not None else nullcontext() as recorded:
+        steps = RecordedSteps(recorded)
 
-        def step(processor: Any, model: Any) -> None:
+        def step(own_step: Any, processor: Any, model: Any) -> None:
             in_batch = processor.inputs_and_outputs.requests_in_batch
             # the offset already counts what this step feeds
             fed = [
@@ -139,29 +177,21 @@ def recorded_batches(replay: RouterReplay, temperature: float) -> Iterator[Recor
             ]
             # a request that is still prefilling draws nothing
             drew = [(each.state.request_id, each.state.position_offset) for each in in_batch if each.has_new_token]
-            with logits_of_draws(model, temperature, len(drew)) as taken:
+            scores: list[Tensor] = []
+            sampler = batching_sampler(processor, scores) if masks else nullcontext()
+            with _logits_of_draws(model, temperature, len(drew)) as logits, sampler:
                 own_step(processor, model)
-            batches.add_step(fed)
-            (logits,) = taken
-            batches.add_draws(drew, processor.inputs_and_outputs.output_ids[0, : len(drew)], logits)
+            steps.add_step(fed)
+            tokens = processor.inputs_and_outputs.output_ids[0, : len(drew)]
+            steps.add_draws(drew, tokens, logits[0], scores[0][0, : len(drew)] if masks else None)
 
-        with swapped(ContinuousBatchProcessor, "_generation_step", step):
-            yield batches
+        with batching_step(step):
+            yield steps
 
 
 @contextmanager
-def logits_of_draws(model: nn.Module, temperature: float, count: int) -> Iterator[list[Tensor]]:
-    """
-    Take the logits `(D, V)` that a step draws from, before it processes them in place.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model that generates.
-        temperature (`float`):
-            What to divide them by.
-        count (`int`):
-            D; what comes behind is padding.
-    """
+def _logits_of_draws(model: nn.Module, temperature: float, count: int) -> Iterator[list[Tensor]]:
+    """Take the logits `(D, V)` that a step draws from, before it processes them in place; D is `count`."""
     taken: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -175,6 +205,39 @@ def logits_of_draws(model: nn.Module, temperature: float, count: int) -> Iterato
         yield taken
     finally:
         handle.remove()
+
+
+@contextmanager
+def recorded_batches(trainer: SamplingTrainer, replay: RouterReplay | None, masks: bool) -> Iterator[MakeTurn]:
+    """
+    Record one call of `trainer._generate_single_turn`, by continuous batching.
+
+    Args:
+        trainer, replay, masks:
+            As in [`~trl_r3.engines.generate.recorded_generate`].
+
+    Yields:
+        What makes the [`Turn`] once the call has returned.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    own_generate, calls = model.generate_batch, []
+
+    def generate_batch(inputs, *args, **kwargs):
+        with recorded_steps(replay, trainer.temperature, masks) as steps:
+            outputs = own_generate(inputs, *args, **kwargs)
+        steps.check(inputs, outputs)
+        calls.append((steps, outputs))
+        return outputs
+
+    def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+        ((steps, outputs),) = calls
+        records = [] if replay is None else [steps.rows(request) for request in outputs]
+        logprobs = [steps.logprobs(request, output) for request, output in outputs.items()]
+        kept = [steps.mask(request, output) for request, output in outputs.items()] if masks else None
+        return Turn(prompt_ids, completion_ids, records, logprobs, kept)
+
+    with swapped(model, "generate_batch", generate_batch):
+        yield make_turn
 
 
 def recordable_config(config: Any) -> None:

@@ -1,7 +1,7 @@
 """A Transformers model that records and replays by itself: `generate(output_routed_experts=True)` returns the routes
 of its rollout, and `forward(routed_experts=...)` takes them.
 
-Legend: B sequences, T tokens, L MoE layers, K experts per token.
+Legend: B sequences, P prompt tokens with padding, T tokens, L MoE layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..records.checks import rows_that_matter
-from ..records.layout import RoutingLayout
-from ..records.storage import missing_rows, unpack
+from ..records.record import MISSING, RoutingLayout, missing_rows, unpack
+from ..records.sources import WholeBatch
 from ..routers.patches import Patch
 from ..routers.router_replay import RouterReplay
-from .generate import generate_with_routes
-from .generate_settings import setting
+from .generate import generate_with_routes, setting
 
 
 def enable_routing_replay(model: nn.Module, *, gating: str = "auto", steady_recompute: bool = False) -> RouterReplay:
@@ -114,7 +113,7 @@ class _EnabledModel:
         if routed_experts is None:
             self._notice_live_loss(kwargs)
             return forward(*args, **kwargs)
-        batch = self.replay.batch_source(routed_experts)
+        batch = WholeBatch.of(routed_experts, self.replay.layout)
         _check_missing(batch.record, self.replay.layout, kwargs)
         with self.replay.replay_from(batch):
             return forward(*args, **kwargs)
@@ -141,9 +140,13 @@ class _EnabledModel:
                 "`output_routed_experts=True` returns the routes beside the sequences, but `return_dict_in_generate` "
                 "is not set. Set `return_dict_in_generate=True`."
             )
-        rollout = generate_with_routes(self.lm, self.replay, generate, args, kwargs)
-        rollout.output["routed_experts"] = unpack(rollout.records, self.replay.layout)
-        return rollout.output
+        generated = generate_with_routes(self.lm, self.replay, generate, args, kwargs)
+        assert generated.records is not None  # of the handle
+        routed_BT = _routed_positions(self.lm, generated.sequences, generated.prompt_width, args, kwargs)
+        ids = unpack(generated.records, self.replay.layout)
+        there = routed_BT[:, :, None, None].to(ids.device)
+        generated.output["routed_experts"] = ids.masked_fill_(~there, MISSING)
+        return generated.output
 
 
 def _check_missing(record: Tensor, layout: RoutingLayout, kwargs: dict[str, Any]) -> None:
@@ -164,3 +167,35 @@ def _check_missing(record: Tensor, layout: RoutingLayout, kwargs: dict[str, Any]
             f"sample {sample}: the row of position {position} is missing, one of {int(missing.sum())} such rows, but "
             "the loss counts predictions that depend on it. Pass the rows, or set `labels` to -100 from there on."
         )
+
+
+def _prompt_mask(model: Any, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(prompts, P) of `bool`: given, or inferred from padding by the rule that `generate` documents."""
+    if kwargs.get("attention_mask") is not None:
+        return kwargs["attention_mask"].bool()
+    pad, ends = setting(model, kwargs, "pad_token_id"), _end_tokens(model, kwargs)
+    return prompt != pad if pad is not None and pad not in ends else torch.ones_like(prompt, dtype=torch.bool)
+
+
+def _end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    ends = setting(model, kwargs, "eos_token_id")
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _routed_positions(model: Any, sequences: Tensor, width: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """(B, T) of `bool`: real tokens of each sequence, but for its last one, which was sampled and not fed."""
+    prompts = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+    mask = _prompt_mask(model, next(prompt for prompt in prompts if prompt is not None), kwargs)
+    completion, ends = sequences[:, width:], _end_tokens(model, kwargs)
+    real = torch.ones_like(completion, dtype=torch.bool)
+    if ends and completion.shape[1]:
+        is_end = torch.isin(completion, torch.tensor(ends, device=completion.device))
+        real = is_end.int().cumsum(1) - is_end.int() == 0
+        pad = setting(model, kwargs, "pad_token_id")
+        stops = kwargs.get("stopping_criteria") or any(setting(model, kwargs, s) for s in ("stop_strings", "max_time"))
+        if stops and pad is not None and pad not in ends:  # what these end is filled up with padding
+            real &= (completion != pad).flip(1).int().cummax(1).values.flip(1).bool()
+    prompt = mask.repeat_interleave(sequences.shape[0] // mask.shape[0], 0).to(sequences.device)
+    real_BT = torch.cat([prompt, real], dim=1)
+    last = real_BT.shape[1] - 1 - real_BT.int().flip(1).argmax(1)
+    return real_BT.scatter(1, last[:, None], False)

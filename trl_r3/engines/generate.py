@@ -1,4 +1,4 @@
-"""Transformers' `generate()` with the routes of its rollout.
+"""Transformers' `generate()`, with what it does not return: routes, log-probabilities, and which tokens were kept.
 
 Legend: B sequences (prompts times `num_return_sequences`), P prompt tokens with padding, T tokens of the returned
 sequences, L MoE layers, K experts per token, V vocabulary.
@@ -6,7 +6,9 @@ sequences, L MoE layers, K experts per token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,81 +16,159 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..records.sources import RecordedRoutes
+from .._compat import is_compiled, last_processor, swapped
+from ..records.metrics import drawn_logprobs
+from ..records.record import slice_samples
+from ..records.sampling_mask import SamplingMask, kept_rows
+from ..routers.passes import RecordedRoutes
 from ..routers.router_replay import RouterReplay
-from .generate_settings import check_decoding, prompt_mask, recordable_kwargs, routed_positions
-from .sampled_logprobs import SampledLogProbs
+from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 
 
 @dataclass
-class Rollout:
-    """One call of `generate` with its routes."""
+class Generated:
+    """One call of `generate` with what was recorded of it."""
 
     output: Any  # what `generate` returned
     sequences: Tensor  # (B, T)
     prompt_width: int
-    records: Tensor  # packed (B, T, L, K), missing where nothing was routed
+    records: Tensor | None  # packed (B, T, L, K), missing where nothing was routed
     logprobs: Tensor | None  # (B, T - P), of the sampled tokens
+    kept: list[list[Tensor]] | None  # by sampled position, then by sequence: ids that were left to draw from
+
+    def turn(self, prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+        """The turn of these tokens: padding and what follows the end are left out."""
+        prompts, completions = [len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids]
+        records: list[Tensor] = []
+        if self.records is not None:
+            records = slice_samples(self.records.cpu(), self.prompt_width, prompts, completions)
+        assert self.logprobs is not None  # they were asked for, by temperature
+        logprobs = [values[:count] for values, count in zip(self.logprobs.cpu(), completions, strict=True)]
+        masks = None
+        if self.kept is not None:
+            masks = [SamplingMask.of([at[i] for at in self.kept[:count]]) for i, count in enumerate(completions)]
+        return Turn(prompt_ids, completion_ids, records, logprobs, masks)
+
+
+class SampledTokens:
+    """
+    What `generate()` sampled: log-probabilities, kept as (B,) a step (storing logits would take (B, T, V)), and, where
+    its last logits processor is [`SampledTokens.keep`], the ids that were left to draw from.
+    """
+
+    def __init__(self, lm: nn.Module, temperature: float):
+        self.temperature = temperature
+        self.logits: Tensor | None = None  # (B, V) of the last position so far, -inf where it was cut
+        self.position = 0  # tokens that have been fed
+        self.values: dict[int, Tensor] = {}  # by position of the sampled token
+        self.kept: dict[int, list[Tensor]] = {}  # likewise
+        self.handles = [
+            lm.register_forward_pre_hook(self._before, with_kwargs=True),
+            lm.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def keep(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
+        """Note what can be drawn from scores; they stay as they are."""
+        assert self.logits is not None  # of the forward that made the scores
+        self.kept[self.position] = kept_rows(scores_BV)
+        # not the scores: penalties move them, and the trainer knows none
+        self.logits = self.logits.masked_fill(scores_BV == -torch.inf, -torch.inf)
+        return scores_BV
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"]
+        self._score(ids[:, 0])
+        self.position += ids.shape[1]
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.logits = output.logits[:, -1].detach().float() / self.temperature
+
+    def _score(self, token_B: Tensor) -> None:
+        if self.logits is not None:
+            self.values[self.position] = drawn_logprobs(self.logits, token_B.to(self.logits.device))
+
+    def logprobs(self, sequences: Tensor, width: int) -> Tensor:
+        """(B, T - P): one value a completion token."""
+        if self.position == sequences.shape[1] - 1:
+            self._score(sequences[:, -1])
+        values = [self.values[position] for position in range(width, sequences.shape[1])]
+        return torch.stack(values, dim=1) if values else torch.empty(len(sequences), 0)
+
+    def kept_at(self, sequences: Tensor, width: int) -> list[list[Tensor]]:
+        """By sampled position, then by sequence."""
+        positions = range(width, sequences.shape[1])
+        lacking = [position for position in positions if position not in self.kept]
+        if lacking:
+            raise RuntimeError(
+                f"`generate` returned {len(positions)} tokens, but its logits processors ran for "
+                f"{len(positions) - len(lacking)} of them: something else drew the others. Set "
+                "`use_sampling_mask_replay=False`."
+            )
+        return [self.kept[position] for position in positions]
 
 
 def generate_with_routes(
     model: nn.Module,
-    replay: RouterReplay,
+    replay: RouterReplay | None,
     generate: Callable,
     args: tuple,
     kwargs: dict[str, Any],
     *,
     temperature: float | None = None,
-    mask_after_end: bool = True,
-) -> Rollout:
+    keeps: bool = False,
+) -> Generated:
     """
     Call `generate` and record every forward in it.
 
     Args:
         model (`torch.nn.Module`):
             The model that generates.
-        replay ([`RouterReplay`]):
-            Its handle.
+        replay ([`RouterReplay`], *optional*):
+            Its handle; `None` to record no routes.
         generate (`Callable`):
             Its own `generate`.
         args, kwargs:
             Arguments for it.
         temperature (`float`, *optional*):
             If given, the log-probabilities of the sampled tokens are returned: of the model's logits divided by it,
-            before any truncation of the distribution, as the trainer scores them.
-        mask_after_end (`bool`, *optional*, defaults to `True`):
-            Whether rows of padding and after the end of a sequence are missing. A caller that knows the lengths does
-            without.
+            as the trainer scores them.
+        keeps (`bool`, *optional*, defaults to `False`):
+            Whether to record what the logits processors keep, too. Log-probabilities are over that then, else over the
+            whole vocabulary.
 
     Returns:
-        [`Rollout`].
+        [`Generated`]: Rows of padding and behind the end of a sequence are not missing: whoever knows the lengths
+        leaves them out.
 
     Raises:
         `ValueError`: If the way of decoding does not feed every token once, in order.
     """
     check_decoding(model, kwargs)
-    lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    sampled = SampledLogProbs(lm, temperature) if temperature is not None else None
+    lm: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    sampled = SampledTokens(lm, temperature) if temperature is not None else None
+    noted = last_processor(lm, sampled.keep) if keeps and sampled is not None else nullcontext()
     try:
-        with replay.record() as recorded:
+        with noted, replay.record() if replay is not None else nullcontext() as recorded:
             output = generate(*args, **recordable_kwargs(kwargs))
     finally:
         if sampled is not None:
             sampled.remove()
     sequences = output if torch.is_tensor(output) else output.sequences
-    prompt = next(
-        a for a in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids")) if a is not None
-    )
-    width = prompt.shape[1]
-    _check_fed(recorded, sequences, width)
-    records = torch.nn.functional.pad(
-        recorded.packed[:, : sequences.shape[1] - 1], (0, 0, 0, 0, 0, 1), value=replay.layout.missing
-    )
-    if mask_after_end:
-        routed_BT = routed_positions(model, sequences, width, prompt_mask(model, prompt, kwargs), kwargs)
-        records = records.masked_fill_(~routed_BT[:, :, None, None].to(records.device), replay.layout.missing)
-    logprobs = sampled.of(sequences, width) if sampled is not None else None
-    return Rollout(output, sequences, width, records, logprobs)
+    prompts = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+    width = next(prompt for prompt in prompts if prompt is not None).shape[1]
+    records = None
+    if replay is not None and recorded is not None:
+        _check_fed(recorded, sequences, width)
+        fed = recorded.packed[:, : sequences.shape[1] - 1]
+        records = torch.nn.functional.pad(fed, (0, 0, 0, 0, 0, 1), value=replay.layout.missing)
+    logprobs = None if sampled is None else sampled.logprobs(sequences, width)
+    kept = sampled.kept_at(sequences, width) if keeps and sampled is not None else None
+    return Generated(output, sequences, width, records, logprobs, kept)
 
 
 def _check_fed(recorded: RecordedRoutes, sequences: Tensor, width: int) -> None:
@@ -116,3 +196,102 @@ def _check_fed(recorded: RecordedRoutes, sequences: Tensor, width: int) -> None:
             "Transformers 5.24: `past_key_values`), disable gradient checkpointing while generating, and use no "
             "logits processor that calls the model."
         )
+
+
+@contextmanager
+def recorded_generate(trainer: SamplingTrainer, replay: RouterReplay | None, masks: bool) -> Iterator[MakeTurn]:
+    """
+    Record one call of `trainer._generate_single_turn`, by `generate`.
+
+    Args:
+        trainer ([`SamplingTrainer`]):
+            The trainer.
+        replay ([`RouterReplay`], *optional*):
+            Handle on its policy; `None` to record no routes.
+        masks (`bool`):
+            Whether to record sampling masks.
+
+    Yields:
+        What makes the [`Turn`] once the call has returned.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    own_generate, calls = model.generate, []
+
+    def generate(*args, **kwargs):
+        calls.append(
+            generate_with_routes(
+                model, replay, own_generate, args, kwargs, temperature=trainer.temperature, keeps=masks
+            )
+        )
+        return calls[-1].output
+
+    def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
+        (generated,) = calls
+        return generated.turn(prompt_ids, completion_ids)
+
+    with swapped(model, "generate", generate):
+        yield make_turn
+
+
+def recordable_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of `generate` with which every forward is seen, and feeds each token once: a static cache would compile
+    the forward, and a `Trainer` switches the cache off in the model's config.
+    """
+    if kwargs.get("generation_config") is None:
+        return {"use_cache": True, **kwargs, "disable_compile": True}
+    config = copy.copy(kwargs["generation_config"])
+    config.disable_compile, config.use_cache = True, True
+    return {**kwargs, "generation_config": config}
+
+
+def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """A generation setting as `generate` resolves it: argument, then given config, then the model's."""
+    for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)):
+        if value is not None:
+            return value
+    return getattr(model.generation_config, name, None)
+
+
+def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """
+    Refuse ways of decoding that reorder, reject or repeat tokens between forwards.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model that generates.
+        kwargs (`dict[str, Any]`):
+            Arguments of `generate`.
+
+    Raises:
+        `ValueError`: Naming the argument, the reason and what to set instead.
+    """
+
+    def refuse(what: str, reason: str, remedy: str) -> None:
+        raise ValueError(f"a rollout cannot be recorded with {what}: {reason}. Set {remedy} instead.")
+
+    if (setting(model, kwargs, "num_beams") or 1) > 1:
+        beams = setting(model, kwargs, "num_beams")
+        refuse(f"`num_beams={beams}`", "beam search reorders sequences between forwards", "`num_beams=1`")
+    drafts = any(
+        setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    )
+    if drafts or kwargs.get("assistant_model") is not None:
+        refuse(
+            "assisted decoding",
+            "it feeds draft tokens and rejects some of them",
+            "`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit` and `use_mtp` to None",
+        )
+    if (setting(model, kwargs, "guidance_scale") or 1) != 1:
+        scale = setting(model, kwargs, "guidance_scale")
+        refuse(f"`guidance_scale={scale}`", "it also feeds a second, unconditional stream", "`guidance_scale=None`")
+    if False in (kwargs.get("use_cache"), getattr(kwargs.get("generation_config"), "use_cache", None)):
+        refuse("`use_cache=False`", "every forward routes all tokens again", "`use_cache=True`")
+    if kwargs.get("custom_generate") is not None:
+        refuse("`custom_generate`", "its forwards are unknown", "`custom_generate=None`")
+    if setting(model, kwargs, "cache_implementation") == "paged":
+        refuse("`cache_implementation='paged'`", "it batches requests continuously", "`cache_implementation=None`")
+    if kwargs.get("inputs_embeds") is not None:
+        refuse("`inputs_embeds`", "the returned sequences lack the prompt", "`input_ids`")
+    if is_compiled(model):
+        refuse("a compiled model", "it runs past the capture", "no `torch.compile`")

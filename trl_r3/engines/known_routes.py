@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..records.samples import token_bytes
+
 
 class KnownRoutes:
     """
@@ -51,7 +53,7 @@ class KnownRoutes:
                 rows = np.concatenate([self._rows[before], rows])
         if len(rows) == len(prompt) + len(completion) - 1:
             # an engine may fill the buffer behind a view again
-            self._new[_as_bytes([*prompt, *completion])] = rows if rows.base is None else rows.copy()
+            self._new[token_bytes([*prompt, *completion])] = rows if rows.base is None else rows.copy()
         return rows
 
     def end_turn(self) -> None:
@@ -64,7 +66,7 @@ class KnownRoutes:
 
     def _before(self, prompt: Sequence[int]) -> bytes | None:
         """The longest conversation that a prompt goes on from."""
-        tokens = bound = _as_bytes(prompt)
+        tokens = bound = token_bytes(prompt)
         # Of thousands of conversations few are compared: one that the prompt begins with sorts before it, and what
         # sorts between the two begins with it, too.
         while place := bisect_right(self._sorted, bound):
@@ -79,7 +81,3 @@ def _shared_beginning(one: bytes, other: bytes) -> bytes:
     length = min(len(one), len(other))
     differs = np.frombuffer(one, np.uint8, length) != np.frombuffer(other, np.uint8, length)
     return one[: int(differs.argmax())] if differs.any() else one[:length]
-
-
-def _as_bytes(ids: Sequence[int]) -> bytes:
-    return np.asarray(ids, dtype=np.int64).tobytes()

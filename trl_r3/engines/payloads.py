@@ -1,4 +1,4 @@
-"""What vLLM and SGLang return, as arrays of expert ids.
+"""What servers of vLLM and SGLang answer, as arrays of expert ids.
 
 Legend: P prompt tokens, C completion tokens, R = P + C - 1 rows (the last token is sampled, never fed), D decoder
 layers, K experts per token. Dense layers have a slot too, with any content. Only the container is checked here, not
@@ -7,40 +7,26 @@ the ids.
 
 from __future__ import annotations
 
+import io
 import math
-import re
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn
 
 import numpy as np
 import pybase64
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-_NPY_MAGIC = b"\x93NUMPY\x01\x00"
-_NPY_PREFIX = len(_NPY_MAGIC) + 2  # the length of the header follows, as a little-endian uint16
-_NPY_HEADER = re.compile(
-    rb"\{'descr': '([^']{1,16})', 'fortran_order': (False|True), 'shape': \(([-0-9, ]{0,80})\), \}[ ]*\n"
-)
-_NPY_DTYPES = {b"|u1": "u1", b"<u2": "<u2", b"<i2": "<i2", b"<i4": "<i4", b"<i8": "<i8"}
+from .vllm_versions import VLLM_FLAG
 
-VLLM_FLAG = (
-    "Pass `enable_return_routed_experts=True` to `LLM`, or start the server with `--enable-return-routed-experts`. "
-    "From vLLM 0.31 on it also needs prefix caching, and VLLM_USE_V2_MODEL_RUNNER=1 in the environment where it falls "
-    "back to the first model runner."
-)
-
-
-class HasRoutedExperts(Protocol):
-    """The part of vLLM's `CompletionOutput` that is read here."""
-
-    routed_experts: NDArray[Any] | None
+_DTYPES = ("|u1", "<u2", "<i2", "<i4", "<i8")
 
 
 def decode_vllm_http(payload: str | None) -> NDArray[np.integer]:
     """
     Decode `choices[i].routed_experts` of a vLLM server: base64 of a `.npy` file.
 
-    The header is parsed without evaluating it, and its shape is held against the bytes present before any array
-    exists, so a payload costs at most twice its size in memory. Nothing is unpickled.
+    NumPy reads the header, whose shape is held against the bytes present before any array exists, so a payload costs
+    at most twice its size in memory. Nothing is unpickled.
 
     Args:
         payload (`str`, *optional*):
@@ -56,51 +42,16 @@ def decode_vllm_http(payload: str | None) -> NDArray[np.integer]:
     if payload is None:
         raise ValueError(f"The choice has no `routed_experts`: the vLLM server does not capture them. {VLLM_FLAG}")
     data = _base64_bytes(payload, "vLLM")
-    dtype, fortran_order, shape, start = _parse_npy_header(data)
+    shape, fortran_order, dtype, start = _read_npy_header(data)
+    if dtype.str not in _DTYPES:
+        _refuse_npy(f"its dtype is {dtype.str!r}, expected one of {' '.join(_DTYPES)}")
+    if len(shape) != 3 or min(shape) < 1:
+        _refuse_npy(f"its shape is {shape}")
     expected = math.prod(shape) * dtype.itemsize
     if len(data) - start != expected:
         _refuse_npy(f"its header promises shape {shape} of {dtype}, {expected} bytes, but {len(data) - start} follow")
     ids = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran_order else "C")
     return np.array(ids, order="C")
-
-
-def decode_vllm_output(completion_output: HasRoutedExperts) -> NDArray[np.integer]:
-    """
-    Take the ids from a `CompletionOutput` of vLLM's `LLM.generate`.
-
-    Args:
-        completion_output (`vllm.CompletionOutput`):
-            A finished completion.
-
-    Returns:
-        `numpy.ndarray` of shape `(R, D, K)` and dtype `uint8` (E <= 256) or `uint16`: the engine's own array.
-
-    Raises:
-        `ValueError`: If there are no ids, or they have the layout of vLLM before 0.22.
-    """
-    ids = completion_output.routed_experts
-    if ids is None:
-        raise ValueError(
-            f"`CompletionOutput.routed_experts` is None: the engine does not capture routes, or the request was "
-            f"aborted. {VLLM_FLAG}"
-        )
-    if not isinstance(ids, np.ndarray):
-        raise ValueError(
-            f"`CompletionOutput.routed_experts` is a {type(ids).__name__}, expected a numpy.ndarray. Use vLLM 0.22 to "
-            f"0.33."
-        )
-    if ids.dtype not in (np.uint8, np.uint16):
-        raise ValueError(
-            f"`CompletionOutput.routed_experts` has dtype {ids.dtype}, expected uint8 or uint16. vLLM before 0.22 "
-            f"returns int16, without the prompt's rows, with one slot per MoE layer, and -1 where the prefix cache "
-            f"hit. Upgrade to vLLM 0.22 or later."
-        )
-    if ids.ndim != 3 or 0 in ids.shape:
-        raise ValueError(
-            f"`CompletionOutput.routed_experts` has shape {ids.shape}, expected 3 dimensions of at least 1: rows "
-            f"(prompt + completion - 1), decoder layers, experts per token. Use vLLM 0.22 to 0.33."
-        )
-    return ids
 
 
 def decode_sglang(payload: str | None, num_rows: int, num_decoder_layers: int, top_k: int) -> NDArray[np.integer]:
@@ -153,31 +104,17 @@ def _base64_bytes(payload: str, engine: str) -> bytes:
         ) from error
 
 
-def _parse_npy_header(data: bytes) -> tuple[np.dtype[np.integer], bool, tuple[int, int, int], int]:
-    """Returns dtype, whether the order is Fortran's, shape `(R, D, K)`, and where the array starts."""
-    if not data.startswith(_NPY_MAGIC):
-        _refuse_npy(f"it starts with {data[:8]!r}, expected {_NPY_MAGIC!r}")
-    start = _NPY_PREFIX + int.from_bytes(data[len(_NPY_MAGIC) : _NPY_PREFIX], "little")
-    if len(data) < max(start, _NPY_PREFIX):
-        _refuse_npy(f"its header ends at byte {start}, but it has {len(data)} bytes")
-    match = _NPY_HEADER.fullmatch(data, _NPY_PREFIX, start)
-    if match is None:
-        _refuse_npy(f"its header of {start - _NPY_PREFIX} bytes is not that of a plain array: {data[10:90]!r}")
-    descr, order, dimensions = match.groups()
-    if descr not in _NPY_DTYPES:
-        _refuse_npy(f"its dtype is {descr.decode('latin1')!r}, expected one of |u1 <u2 <i2 <i4 <i8")
-    shape = _parse_shape(dimensions)
-    return np.dtype(_NPY_DTYPES[descr]), order == b"True", shape, start
-
-
-def _parse_shape(dimensions: bytes) -> tuple[int, int, int]:
+def _read_npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether the order is Fortran's, dtype, and where the array starts."""
+    file = io.BytesIO(data)
     try:
-        shape = tuple(int(size) for size in dimensions.removesuffix(b",").split(b","))
-    except ValueError:
-        _refuse_npy(f"its shape is ({dimensions.decode('ascii')})")
-    if len(shape) != 3 or min(shape) < 1:
-        _refuse_npy(f"its shape is {shape}, which are {len(shape)} dimensions and {min(shape)} in the smallest")
-    return shape[0], shape[1], shape[2]
+        version = npy.read_magic(file)
+        header = npy.read_array_header_1_0(file) if version == (1, 0) else None
+    except Exception as error:  # NumPy lets through what its parsers raise, a TokenError of `tokenize` for one
+        _refuse_npy(f"its header cannot be read: {type(error).__name__}: {str(error)[:80]}")
+    if header is None:
+        _refuse_npy(f"its version is {version}, expected (1, 0)")
+    return *header, file.tell()
 
 
 def _refuse_npy(fact: str) -> NoReturn:

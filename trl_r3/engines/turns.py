@@ -1,21 +1,36 @@
-"""From the turns of a rollout to one record a sample.
+"""What one call of an engine leaves, and how the calls of a rollout are joined to one record a sample.
 
 Legend: T tokens of a sequence (P prompt + C completion), L MoE layers, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..records.checks import check_length, check_rows
-from ..records.layout import RoutingLayout
-from ..records.sampling_masks import SamplingMask
-from ..records.storage import missing_rows
+from ..records.record import RoutingLayout
+from ..records.samples import token_bytes
+from ..records.sampling_mask import SamplingMask
+from .matching import match_samples
+
+Prompts = Sequence[Sequence[int]]
+
+
+class SamplingTrainer(Protocol):
+    """What an engine asks of the trainer that samples with it."""
+
+    accelerator: Any
+    model_wrapped: Any
+    temperature: float
+    use_vllm: bool
+    vllm_mode: str
+    vllm_generation: Any
+    use_transformers_continuous_batching: bool
 
 
 @dataclass
@@ -34,11 +49,19 @@ class Turn:
             What its sampler kept, one row a sampled token.
     """
 
-    prompt_ids: Sequence[Sequence[int]]
-    completion_ids: Sequence[Sequence[int]]
+    prompt_ids: Prompts
+    completion_ids: Prompts
     records: Sequence[Tensor]
     logprobs: Sequence[Tensor] | None = None
     masks: Sequence[SamplingMask] | None = None
+
+    @property
+    def entries(self) -> int:
+        """Of how many sequences something was recorded; of none in evaluation."""
+        return max(len(part or ()) for part in (self.records, self.logprobs, self.masks))
+
+
+MakeTurn = Callable[[Prompts, Prompts], Turn]  # from prompts and completions, after the call
 
 
 @dataclass
@@ -49,25 +72,6 @@ class RolloutRecord:
     records: list[Tensor]  # packed (T_i - 1, L, K)
     logprobs: list[Tensor] | None  # (C_i,)
     masks: list[SamplingMask] | None = None  # C_i rows
-
-    def missing_share(
-        self, layout: RoutingLayout, rows_that_matter: Sequence[int] | None = None
-    ) -> tuple[float, int | None]:
-        """
-        Share of rows without a record, and the first sample that has such a row.
-
-        Args:
-            layout ([`RoutingLayout`]):
-                Layers and experts of the model.
-            rows_that_matter (sequence of `int`, *optional*):
-                How many rows of each sample, from its first on, count. All by default.
-        """
-        records: Sequence[Tensor] = self.records
-        if rows_that_matter is not None:
-            records = [record[:count] for record, count in zip(records, rows_that_matter, strict=True)]
-        missing = [int(missing_rows(record, layout).sum()) for record in records]
-        rows = sum(record.shape[0] for record in records)
-        return sum(missing) / max(rows, 1), next((i for i, count in enumerate(missing) if count), None)
 
 
 def stitch(
@@ -126,7 +130,7 @@ class _Stitched:
         self.layout = layout
         self.prompt = prompt
         self.ids = [*prompt, *completion]
-        self.bytes = _as_bytes(self.ids)
+        self.bytes = token_bytes(self.ids)
         self.num_rows = max(len(self.ids) - 1, 0)
         self.logprobs = torch.full((len(self.ids),), float("nan"))
         self.filled = 0  # rows
@@ -163,6 +167,15 @@ class _Stitched:
         if turn.masks is not None and agreed > first:
             self._masks[first] = turn.masks[entry][: agreed - first]
 
+    def price(self, turn: Turn, entry: int, fed: bytes) -> tuple[bool, bool, bool]:
+        """
+        What speaks against an entry of a turn whose prompt is the beginning of the sample, the gravest first: its
+        tokens (`fed`) differ from those of the sample, the sample is not about to go on there, it lacks nothing of it.
+        """
+        agrees = self.bytes.startswith(fed) or fed.startswith(self.bytes)
+        goes_on = self.goes_on_at(len(turn.prompt_ids[entry]))
+        return not agrees, not goes_on, not (agrees and self.lacks(turn, entry))
+
     @property
     def record(self) -> Tensor:
         """(T - 1, L, K); a sample of one turn is not copied."""
@@ -185,81 +198,20 @@ class _Stitched:
 
 
 def _samples_of(turn: Turn, samples: Sequence[_Stitched]) -> list[int]:
-    """
-    The sample that each entry of a turn continues, no two the same: the whole turn at the lowest price.
+    """The sample that each entry of a turn continues, no two the same."""
+    entries = turn.entries
+    prompts = [token_bytes(ids) for ids in turn.prompt_ids]
+    fed = [prompt + token_bytes(ids) for prompt, ids in zip(prompts, turn.completion_ids, strict=True)]
 
-    Whatever begins with the prompt of an entry may be continued by it. Most of all, the tokens should be the same as
-    far as both go; then the sample should be about to go on there, lack what the entry has and, in a turn of all
-    samples, have its index. Of what is still equal, the first entry takes the first sample.
-    """
-    entries = len(turn.records if turn.masks is None else turn.masks)  # none in evaluation
+    def price(entry: int, sample: int) -> tuple[bool, ...]:
+        return samples[sample].price(turn, entry, fed[entry])
+
     in_order = entries == len(samples)
-    prices: list[dict[int, int]] = []  # by entry: sample, price
-    prompts = [_as_bytes(ids) for ids in turn.prompt_ids]
-    shortest = min(map(len, prompts), default=0)
-    alike: dict[bytes, list[int]] = {}  # samples by their beginning, so that not each is compared with each
-    for sample, joined in enumerate(samples):
-        alike.setdefault(joined.bytes[:shortest], []).append(sample)
-    for entry, prompt in enumerate(prompts):
-        price: dict[int, int] = {}
-        fed = prompt + _as_bytes(turn.completion_ids[entry])
-        for sample in alike.get(prompt[:shortest], ()):
-            joined = samples[sample]
-            if joined.bytes.startswith(prompt):
-                agrees = joined.bytes.startswith(fed) or fed.startswith(joined.bytes)
-                goes_on = joined.goes_on_at(len(turn.prompt_ids[entry]))
-                lacks = agrees and joined.lacks(turn, entry)
-                price[sample] = 0
-                # no sum over the entries of what comes later outweighs one of what comes before
-                for fault in (not agrees, not goes_on, not lacks, in_order and sample != entry):
-                    price[sample] = price[sample] * (entries + 1) + fault
-        prices.append(price)
-    chosen = _cheapest(prices)
-    for entry in range(entries):
-        if entry not in chosen:
-            others = f", but for {len(prices[entry])} that its other entries continue" if prices[entry] else ""
-            raise ValueError(
-                f"a turn was given a prompt of {len(turn.prompt_ids[entry])} tokens that is the beginning of none of "
-                f"the {len(samples)} sequences{others}, so its routes belong to no sample. Do not re-tokenize between "
-                "turns."
-            )
-    return [chosen[entry] for entry in range(entries)]
-
-
-def _cheapest(prices: Sequence[dict[int, int]]) -> dict[int, int]:
-    """
-    Match as many entries as can be to different samples, at the lowest sum of prices.
-
-    Entry by entry, along the cheapest path on which entries before it move on to another sample.
-    """
-    chosen: dict[int, int] = {}
-    owner: dict[int, int] = {}
-    for entry in range(len(prices)):
-        paid: dict[int, int] = {}  # by sample that a path reaches
-        via: dict[int, int] = {}  # the entry that would take it
-        lowest = min(prices[entry].values(), default=0)
-        paths = [(entry, 0)]
-        for at, so_far in paths:  # grows
-            for sample, price in prices[at].items():
-                if sample not in paid or so_far + price < paid[sample]:
-                    paid[sample], via[sample] = so_far + price, at
-                    if sample in owner:
-                        paths.append((owner[sample], paid[sample] - prices[owner[sample]][sample]))
-            free = [sample for sample in paid if sample not in owner]
-            if any(paid[sample] == lowest for sample in free):  # no path is cheaper than the entry alone
-                break
-        taken = min(free, key=lambda sample: (paid[sample], sample)) if free else None
-        while taken is not None:
-            mover = via[taken]
-            left = chosen.get(mover)
-            chosen[mover], owner[taken] = taken, mover
-            taken = left
-    return chosen
-
-
-def _as_bytes(ids: Sequence[int]) -> bytes:
-    """Eight bytes a token: whether one sequence begins another is told without copying either."""
-    return np.asarray(ids, dtype=np.int64).tobytes()
+    if in_order and all(
+        samples[i].bytes.startswith(prompts[i]) and not any(price(i, i)) for i in range(entries)
+    ):  # nothing speaks against it, as in all rollouts of one turn
+        return list(range(entries))
+    return match_samples(prompts[:entries], [sample.bytes for sample in samples], price, in_order)
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

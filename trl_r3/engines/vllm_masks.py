@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..records.sampling_masks import SamplingMask
+from ..records.sampling_mask import SamplingMask
 
 MASKS_PATH = "/inference/v1/generate"  # of a server; `/v1/completions` returns no masks
 

@@ -10,6 +10,12 @@ _FIRST_VLLM_MASKS = (0, 28)
 _FIRST_VLLM_SCALE_OUT = (0, 30)  # a flag for the endpoint that returns masks
 _LAST_VLLM = (0, 33)
 
+VLLM_FLAG = (
+    "Pass `enable_return_routed_experts=True` to `LLM`, or start the server with `--enable-return-routed-experts`. "
+    "From vLLM 0.31 on it also needs prefix caching, and VLLM_USE_V2_MODEL_RUNNER=1 in the environment where it falls "
+    "back to the first model runner."
+)
+
 
 def check_vllm_version(version: str, tensor_parallel_size: int = 1) -> None:
     """

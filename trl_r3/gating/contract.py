@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..records.layout import MISSING_UINT8
+from ..records.record import MISSING_UINT8
 
 SCORES = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")

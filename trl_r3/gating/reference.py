@@ -6,9 +6,9 @@ Shape legend: T tokens, E experts, K experts per token, G groups of M = E / G ex
 import torch
 import torch.nn.functional as F
 
-from ..records.agreement import changed_layers
 from ..records.checks import sound_rows
-from ..records.layout import MISSING, MISSING_UINT8
+from ..records.metrics import changed_layers
+from ..records.record import MISSING, MISSING_UINT8
 from .contract import GatingOutput, RowStatus, check_gating_arguments
 
 # Below this logit sqrt(softplus(x)) is exp(x / 2) in double precision, and the direct form soon has no gradient left.

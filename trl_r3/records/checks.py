@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import RoutingLayout, place
+from .record import RoutingLayout, place
 
 _CHUNK = 1 << 16  # rows that are looked at together
 

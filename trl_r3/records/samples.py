@@ -1,4 +1,4 @@
-"""The samples of a rollout with their records, and the batches of them that are scored.
+"""The samples of a rollout with what was recorded of them, and the batches of them that are scored.
 
 Legend: B batch, T tokens of a sequence (P prompt + C completion), L MoE layers, K experts per token, M observed rows.
 """
@@ -13,13 +13,36 @@ import torch
 from torch import Tensor
 
 from .checks import MisalignedRecordError
-from .evidence import Observation
-from .layout import RoutingLayout
-from .sampling_masks import SamplingMask
-from .storage import align, missing_rows
+from .record import RoutingLayout, align, lay_out, missing_rows
+from .sampling_mask import SamplingMask
 
+BYTES_OF_TOKEN = 8  # by [`token_bytes`]
 _OBSERVED_PAIRS = 256  # (row, layer) pairs of a sample whose live selection is looked at: enough to judge it by itself
 _OBSERVED_ROWS = 8  # rows of a sample at least
+
+
+@dataclass
+class Observation:
+    """
+    Live and recorded selections at some rows of a batch, all on the host.
+
+    Args:
+        sample (`torch.Tensor` of shape `(M,)`, `torch.int64`):
+            The sample that a row belongs to, not negative. Samples of different rollouts that are pooled need
+            different numbers.
+        live (`torch.Tensor` of shape `(M, L, K)`):
+            Ids that the model selects at the weights of the rollout.
+        recorded (`torch.Tensor` of shape `(M, L, K)`):
+            Ids of the record. The rows are not missing.
+        before, after (`torch.Tensor` of shape `(M, L, K)`):
+            Ids of the record one token earlier and one later in the same sample.
+    """
+
+    sample: Tensor
+    live: Tensor
+    recorded: Tensor
+    before: Tensor
+    after: Tensor
 
 
 @dataclass
@@ -40,6 +63,8 @@ class Sample:
             How many rows, from the first on, the loss depends on. All by default.
         mask ([`SamplingMask`], *optional*):
             What truncated sampling kept, one row a completion token.
+        logprobs (`torch.Tensor` of shape `(C,)`, *optional*):
+            Log-probabilities that its completion was sampled with, where this package knows them.
     """
 
     identity: int
@@ -48,8 +73,14 @@ class Sample:
     record: Tensor
     rows_that_matter: int | None = None
     mask: SamplingMask | None = None
+    logprobs: Tensor | None = None
 
-    def missing(self, layout: RoutingLayout) -> tuple[int, int]:
+    @property
+    def completion_length(self) -> int:
+        """Number of its completion tokens."""
+        return len(self.tokens) - self.prompt_length
+
+    def count_rows(self, layout: RoutingLayout) -> tuple[int, int]:
         """Number of rows that the loss depends on, and how many of these have no record."""
         rows = self.record.numpy()[: self.rows_that_matter]
         return rows.shape[0], int(np.count_nonzero(rows[:, 0, 0] == layout.missing))
@@ -62,6 +93,76 @@ class Sample:
         if len(inner) <= count:
             return inner
         return inner[torch.linspace(0, len(inner) - 1, count).round().long()]
+
+
+def token_bytes(ids: Sequence[int]) -> bytes:
+    """Tokens as bytes: whether one sequence begins another is told without copying either."""
+    return np.asarray(ids, dtype=np.int64).tobytes()
+
+
+class CheckedTokens:
+    """
+    The tokens of a batch, held once against those that its samples were recorded for.
+
+    Args:
+        samples (sequence of [`Sample`]):
+            B samples, in the order of the batch.
+        input_ids (`torch.Tensor` of shape `(B, T)`):
+            Prompts padded on the left and completions on the right.
+        prompt_width (`int`):
+            Width of the padded prompts.
+
+    Raises:
+        [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
+    """
+
+    def __init__(self, samples: Sequence[Sample], input_ids: Tensor, prompt_width: int):
+        if input_ids.shape[0] != len(samples):
+            raise MisalignedRecordError(
+                f"{input_ids.shape[0]} sequences are scored with the records of {len(samples)} samples. Index "
+                "`rollout_samples` with the other tensors of the batch."
+            )
+        self.samples, self.prompt_width = samples, prompt_width
+        self._input_ids, self._version = input_ids, input_ids._version
+        check_tokens(samples, input_ids, prompt_width)
+
+    def check(self, first: int, input_ids: Tensor) -> None:
+        """Of a forward over the samples from `first` on: compared only where it is no slice of the batch itself."""
+        part = self._input_ids[first : first + input_ids.shape[0]]
+        is_same = (part.data_ptr(), part.shape, part.stride()) == (
+            input_ids.data_ptr(),
+            input_ids.shape,
+            input_ids.stride(),
+        )
+        if not is_same or self._input_ids._version != self._version:
+            check_tokens(self.samples[first : first + len(input_ids)], input_ids, self.prompt_width)
+
+
+def check_tokens(samples: Sequence[Sample], input_ids: Tensor, prompt_width: int) -> None:
+    """
+    Refuse to replay records on other tokens than those they were made for.
+
+    Args:
+        samples, input_ids, prompt_width:
+            As in [`CheckedTokens`].
+
+    Raises:
+        [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
+    """
+    expected = torch.empty(tuple(input_ids.shape), dtype=torch.int64)
+    prompts, width = [sample.prompt_length for sample in samples], input_ids.shape[1]
+    there = [s.tokens[: max(width - prompt_width + s.prompt_length, 0)] for s in samples]
+    lay_out(there, prompts, prompt_width, expected, fill=-1)
+    expected = expected.to(input_ids.device)
+    wrong = (expected != input_ids) & (expected >= 0)
+    if bool(wrong.any()):  # one wait for the device, before anything is computed from the wrong experts
+        row, position = wrong.nonzero()[0].tolist()
+        raise MisalignedRecordError(
+            f"sample {samples[row].identity}: {int(wrong[row].sum())} tokens of the batch differ from those that its "
+            f"record was made for, the first at position {position}: {int(input_ids[row, position])} instead of "
+            f"{int(expected[row, position])}. Whatever reorders or edits the batch has to index `rollout_samples` "
+            "with its other tensors, and to leave the tokens as they are."
+        )
 
 
 @dataclass
@@ -78,15 +179,18 @@ class ScoredBatch:
             Layers and experts of the model.
         observes (`bool`, *optional*, defaults to `False`):
             Whether to look at the live selection of some rows.
+        checked ([`CheckedTokens`], *optional*):
+            The tokens of the batch. Without it, those of each forward are compared.
     """
 
     samples: Sequence[Sample]
     prompt_width: int
     layout: RoutingLayout
     observes: bool = False
+    checked: CheckedTokens | None = None
     scored: int = field(default=0, init=False)
     rows: int = field(default=0, init=False)  # handed out, of those that matter
-    missing: int = field(default=0, init=False)  # of these, without a record
+    rows_missing: int = field(default=0, init=False)  # of these, without a record
     observed: Tensor | None = field(default=None, init=False)
     observations: list[Observation] = field(default_factory=list, init=False)
     _chosen: list[tuple[Sample, Tensor]] = field(default_factory=list, init=False)
@@ -101,11 +205,13 @@ class ScoredBatch:
             )
         self.scored = last
         samples = self.samples[first:last]
-        if tokens is not None:
+        if tokens is not None and self.checked is not None:
+            self.checked.check(first, tokens)
+        elif tokens is not None:
             check_tokens(samples, tokens, self.prompt_width)
         for sample in samples:
-            rows, missing = sample.missing(self.layout)
-            self.rows, self.missing = self.rows + rows, self.missing + missing
+            rows, missing = sample.count_rows(self.layout)
+            self.rows, self.rows_missing = self.rows + rows, self.rows_missing + missing
         if self.observes:
             self._choose_rows(samples, num_tokens)
         records, lengths = [each.record for each in samples], [each.prompt_length for each in samples]
@@ -127,15 +233,6 @@ class ScoredBatch:
         recorded_MLK, before_MLK, after_MLK = around
         self.observations.append(Observation(of_samples, live_MLK, recorded_MLK, before_MLK, after_MLK))
 
-    def check_batch(self, tokens: Tensor) -> None:
-        """Hold the whole batch against the tokens of its records: a forward on embeddings shows none."""
-        if tokens.shape[0] != len(self.samples):
-            raise MisalignedRecordError(
-                f"{tokens.shape[0]} sequences are scored with the records of {len(self.samples)} samples. Index "
-                "`routed_samples` with the other tensors of the batch."
-            )
-        check_tokens(self.samples, tokens, self.prompt_width)
-
     def check_done(self) -> None:
         """Refuse a pass that left samples out."""
         if self.scored != len(self.samples):
@@ -143,34 +240,3 @@ class ScoredBatch:
                 f"{self.scored} of {len(self.samples)} samples were scored with their record. Replay expects every "
                 "sample to be scored once, in order."
             )
-
-
-def check_tokens(samples: Sequence[Sample], tokens: Tensor, prompt_width: int) -> None:
-    """
-    Refuse to replay records on other tokens than those they were made for.
-
-    Args:
-        samples (sequence of [`Sample`]):
-            B samples.
-        tokens (`torch.Tensor` of shape `(B, T)`):
-            Input ids of the forward, prompts padded on the left and completions on the right.
-        prompt_width (`int`):
-            Width of the padded prompts.
-
-    Raises:
-        [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
-    """
-    told = np.full(tuple(tokens.shape), -1, dtype=np.int64)
-    for row, sample in enumerate(samples):
-        start = prompt_width - sample.prompt_length
-        told[row, start : start + len(sample.tokens)] = sample.tokens.numpy()[: max(tokens.shape[1] - start, 0)]
-    expected = torch.from_numpy(told).to(tokens.device)
-    wrong = (expected != tokens) & (expected >= 0)
-    if bool(wrong.any()):  # one wait for the device, before anything is computed from the wrong experts
-        row, position = wrong.nonzero()[0].tolist()
-        raise MisalignedRecordError(
-            f"sample {samples[row].identity}: {int(wrong[row].sum())} tokens of the batch differ from those that its "
-            f"record was made for, the first at position {position}: {int(tokens[row, position])} instead of "
-            f"{int(expected[row, position])}. Whatever reorders or edits the batch has to index `routed_samples` and "
-            "`masked_samples` with its other tensors, and to leave the tokens as they are."
-        )

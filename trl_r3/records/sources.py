@@ -1,6 +1,7 @@
-"""Where forwards get their rows from, and where they leave them.
+"""Where a forward gets its record from: what a source is, and the one of a batch that is replayed as a whole.
 
-Legend: B batch, T tokens of a sequence, L MoE layers, K experts per token.
+Legend: B batch, T tokens of a sequence, L MoE layers, S layer slots (L, or one per decoder layer), K experts per
+token.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .layout import RoutingLayout
-from .storage import unpack
+from .checks import check_rows
+from .record import RoutingLayout, missing_rows, pack, select_moe_layers
 
 
 class RecordSource(Protocol):
@@ -35,6 +36,37 @@ class WholeBatch:
     record: Tensor  # packed (B, T, L, K)
     observed: Tensor | None = field(default=None, init=False)
 
+    @classmethod
+    def of(cls, routed_experts: Tensor, layout: RoutingLayout) -> WholeBatch:
+        """
+        Check a record of a whole batch.
+
+        Args:
+            routed_experts (`torch.Tensor` of shape `(B, T, S, K)`):
+                Ids of any integer dtype, on any device. S is the number of MoE layers, or of decoder layers (slots of
+                dense layers are ignored). A row of -1 is missing.
+            layout ([`RoutingLayout`]):
+                Layers and experts of the model.
+
+        Raises:
+            `ValueError`: Naming sample, layer and both numbers.
+        """
+        routed_experts = torch.as_tensor(routed_experts)
+        if routed_experts.ndim != 4:
+            raise ValueError(
+                f"`routed_experts` has {routed_experts.ndim} dimensions, shape {tuple(routed_experts.shape)}, "
+                "expected 4: (batch, tokens, layers, top_k)."
+            )
+        record = pack(select_moe_layers(routed_experts, layout), layout)
+        for sample, rows in enumerate(record.cpu()):
+            check_rows(rows, layout, sample=sample)
+            if rows.shape[0] > 1 and bool(missing_rows(rows, layout).all()):
+                raise ValueError(
+                    f"sample {sample}: all {rows.shape[0]} rows are missing, so nothing of it would be replayed. Pass "
+                    "its record, or leave the sample out."
+                )
+        return cls(record)
+
     def observe(self, live_MLK: Tensor) -> None:
         """Nothing is asked for."""
 
@@ -46,34 +78,3 @@ class WholeBatch:
                 f"forward has {batch_size} x {num_tokens}. Pass the record of these tokens, padded as they are."
             )
         return self.record
-
-
-@dataclass
-class RecordedRoutes:
-    """What [`RouterReplay.record`] yields: the selections of all forwards inside it."""
-
-    layout: RoutingLayout
-    forwards: list[Tensor] = field(default_factory=list)  # packed (B, T_i, L, K)
-    tokens: list[Tensor | None] = field(default_factory=list)  # (B, T_i), where the forward was given input ids
-
-    @property
-    def packed(self) -> Tensor:
-        """(B, T, L, K) packed: the forwards so far, concatenated along the sequence."""
-        if not self.forwards:
-            raise RuntimeError(
-                "no forward ran inside `record()`, so there is nothing to read. Call the model inside it."
-            )
-        sizes = {forward.shape[0] for forward in self.forwards}
-        if len(sizes) != 1:
-            raise RuntimeError(
-                f"the forwards inside `record()` had batch sizes {sorted(sizes)}, which cannot be concatenated along "
-                "the sequence. Record batches of different sizes separately."
-            )
-        return torch.cat(self.forwards, dim=1)
-
-    @property
-    def routed_experts(self) -> Tensor:
-        """
-        `torch.Tensor` of shape `(B, T, L, K)`, `torch.int16`: the forwards so far, concatenated along the sequence.
-        """
-        return unpack(self.packed, self.layout)

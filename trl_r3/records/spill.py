@@ -1,26 +1,22 @@
-"""Records in files instead of host memory, mapped into it page by page where they are read.
-
-Legend: R rows of a record, L MoE layers, K experts per token.
-"""
+"""What was recorded of a rollout in files instead of host memory, mapped into it page by page where it is read."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_NAME = "routed_experts"
+_NAME = "tensor"
 
 
-class SpilledRecords:
+class SpilledTensors:
     """
-    The records of a rollout, one safetensors file a sample, in a folder of their own.
+    Tensors of a rollout, one safetensors file each, in a folder of their own.
 
-    The files go with this object: by [`SpilledRecords.remove`], or when it is collected or the process ends. Records
+    The files go with this object: by [`SpilledTensors.remove`], or when it is collected or the process ends. Tensors
     that are still held then keep their values, for what is mapped outlives its name.
 
     Args:
@@ -30,8 +26,8 @@ class SpilledRecords:
     Example:
 
     ```python
-    >>> spilled = SpilledRecords("/scratch/records")
-    >>> records = spilled.take(records)
+    >>> spilled = SpilledTensors("/scratch/records")
+    >>> record = spilled.take(record)
     >>> spilled.remove()
     ```
     """
@@ -46,25 +42,22 @@ class SpilledRecords:
         """Where the files are."""
         return Path(self._folder.name)
 
-    def take(self, records: Sequence[Tensor]) -> list[Tensor]:
+    def take(self, tensor: Tensor) -> Tensor:
         """
-        Write records, and map them back.
+        Write a tensor, and map it back.
 
         Args:
-            records (sequence of `torch.Tensor` of shape `(R_i, L, K)`):
-                Packed records, one a sample.
+            tensor (`torch.Tensor`):
+                On the host, of any shape: a record, or a part of a sampling mask.
 
         Returns:
-            list of `torch.Tensor`: The same values, shapes and dtypes, in memory-mapped files.
+            `torch.Tensor`: The same values, shape and dtype, in a memory-mapped file.
         """
-        return [self._take(record) for record in records]
-
-    def _take(self, record: Tensor) -> Tensor:
-        if not record.numel():  # there is nothing to map
-            return record
+        if not tensor.numel():  # there is nothing to map
+            return tensor
         path = self.folder / f"{self._written}.safetensors"
         self._written += 1
-        save_file({_NAME: record.contiguous()}, path)
+        save_file({_NAME: tensor.contiguous()}, path)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(_NAME)
 

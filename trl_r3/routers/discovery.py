@@ -15,9 +15,9 @@ from torch import nn
 from .._compat import uses_kernels
 from ..gating import native_kernels
 from .gated import GatedRouter, GateFormula, with_gating_op
-from .interception import Router
 from .patches import Patch
-from .probe import Event, TopK, Trace, noise_like, probe, run_probe
+from .probe import Event, TopK, WatchedForward, noise_like, probe, run_probe
+from .router import Router
 from .self_check import (
     UnsupportedRouterError,
     check_router,
@@ -71,11 +71,11 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
         raise UnsupportedRouterError(f"{type(model).__name__} is an encoder-decoder. Replay needs a causal LM.")
     names = {module: name for name, module in model.named_modules()}
     experts = {module: name.rpartition(".")[0] for name, module in model.named_modules() if _is_experts(name)}
-    trace = probe(model, names, experts)
-    if not trace.events:
-        _refuse_without_events(model, names, experts, trace)
+    watched = probe(model, names, experts)
+    if not watched.events:
+        _refuse_without_events(model, names, experts, watched)
     routers = [
-        _router_of(event, names, trace) for event in trace.events if not _is_static(event, model, names, experts)
+        _router_of(event, names, watched) for event in watched.events if not _is_static(event, model, names, experts)
     ]
     path, stack = _decoder_stack(model, [router.name for router in routers])
     routers.sort(key=lambda router: router.layer)
@@ -146,14 +146,14 @@ def refuse_dense(model: nn.Module) -> None:
         )
 
 
-def _refuse_without_events(model: nn.Module, names: dict, experts: dict, trace: Trace) -> None:
+def _refuse_without_events(model: nn.Module, names: dict, experts: dict, watched: WatchedForward) -> None:
     if experts:
         raise UnsupportedRouterError(
             f"{type(model).__name__} has {len(experts)} modules named `experts` "
             f"({next(iter(experts.values()))}.experts), but its forward called none of them{_kernel_hint(model)}. "
             "Replay needs routers that hand their selection to an `experts` module."
         )
-    others = sorted({type(topk.module).__name__ for topk in trace.topks})
+    others = sorted({type(topk.module).__name__ for topk in watched.topks})
     if others:
         raise UnsupportedRouterError(
             f"{type(model).__name__} has no module named `experts`, but its forward calls `torch.topk` in "
@@ -194,10 +194,10 @@ def _selecting(event: Event, names: dict) -> TopK | None:
     return next(reversed(matching or inside), None)
 
 
-def _router_of(event: Event, names: dict, trace: Trace) -> Router:
+def _router_of(event: Event, names: dict, watched: WatchedForward) -> Router:
     topk = _selecting(event, names)
     assert topk is not None  # _is_static has raised otherwise
-    name, outputs = names[topk.module], trace.outputs[topk.module]
+    name, outputs = names[topk.module], watched.outputs[topk.module]
     fired = len(outputs)
     if fired != 1:
         raise UnsupportedRouterError(

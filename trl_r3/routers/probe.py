@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .._compat import execution_device, forget_forwards, shard_again
-from .interception import TopKWatch
 from .self_check import UnsupportedRouterError, evaluating
+from .top_k import TopKWatch
 
 _PROBE_BATCH, _PROBE_TOKENS = 2, 8
 
@@ -41,7 +41,7 @@ class Event:
 
 
 @dataclass
-class Trace:
+class WatchedForward:
     """What one forward did."""
 
     topks: list[TopK] = field(default_factory=list)
@@ -49,29 +49,31 @@ class Trace:
     outputs: dict[nn.Module, list[Any]] = field(default_factory=dict)  # of the modules that made a top-k
 
 
-def probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor], Tensor] | None = None) -> Trace:
+def probe(
+    model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor], Tensor] | None = None
+) -> WatchedForward:
     """Run one forward and note every top-k, the module that made it, and every arrival at a block's experts."""
-    trace, stack, counts = Trace(), [], []
+    watched, stack, counts = WatchedForward(), [], []
     seen = 0
 
     def enter(module: nn.Module, args: tuple) -> None:
         nonlocal seen
         if module in experts:
             ids_args = [arg.detach().clone() for arg in args if torch.is_tensor(arg) and not arg.is_floating_point()]
-            trace.events.append(Event(experts[module], trace.topks[seen:], ids_args))
-            seen = len(trace.topks)
+            watched.events.append(Event(experts[module], watched.topks[seen:], ids_args))
+            seen = len(watched.topks)
         stack.append(module)
         counts.append(0)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         stack.pop()
         if counts.pop():
-            trace.outputs.setdefault(module, []).append(output)
+            watched.outputs.setdefault(module, []).append(output)
 
     def on_topk(call, args, kwargs):
         result = torch.topk(*args, **kwargs)
         if stack and call.scores.is_floating_point():
-            trace.topks.append(TopK(stack[-1], counts[-1], call.columns, call.top_k, result[1]))
+            watched.topks.append(TopK(stack[-1], counts[-1], call.columns, call.top_k, result[1]))
             counts[-1] += 1
         return result
 
@@ -83,7 +85,7 @@ def probe(model: nn.Module, names: dict, experts: dict, embed: Callable[[Tensor]
     finally:
         for handle in handles:
             handle.remove()
-    return trace
+    return watched
 
 
 def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None) -> None:

@@ -15,25 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import in_backward, is_compiled
-from ..records.checks import check_rows
-from ..records.layout import RoutingLayout, select_moe_layers
-from ..records.sources import RecordedRoutes, RecordSource, WholeBatch
-from ..records.storage import missing_rows, pack
-from .active_pass import ActivePass, CurrentModules, bound_checkpoints
+from ..records.metrics import ReplayStats
+from ..records.record import RoutingLayout, missing_rows
+from ..records.sources import RecordSource, WholeBatch
 from .attachable import attachable
 from .discovery import find_routers
-from .forward_pass import (
+from .gated import GatedRouter
+from .passes import (
     LivePass,
-    Pass,
+    RecordedRoutes,
     RecordingPass,
     ReplayingPass,
-    ReplayStats,
     TrainingGuard,
     attended_tokens,
     batch_of,
 )
-from .gated import GatedRouter
-from .patches import Patch
+from .patches import ActivePass, CurrentModules, Pass, Patch, bound_checkpoints
 
 GATINGS = ("auto", "intercept", "op")
 
@@ -79,19 +76,19 @@ class RouterReplay:
         unwrapped = attachable(model)
         self._compilable = (model, unwrapped)
         found = find_routers(unwrapped, gating)
-        self._routers, self.stack = found.routers, found.stack
+        self.routers, self.stack = found.routers, found.stack
         self._modules = CurrentModules(self.stack)
-        first = self._routers[0]
-        layers = tuple(router.layer for router in self._routers)
+        first = self.routers[0]
+        layers = tuple(router.layer for router in self.routers)
         self.layout = RoutingLayout(layers, found.num_decoder_layers, first.num_experts, first.top_k)
         self._active = ActivePass(threading.Event())
         self._recomputes = False  # whether a recompute has to go through the experts of its forward
         self.steady_recompute = False  # whether live forwards that build a graph want that, too
-        self.guard: TrainingGuard | None = None  # what watches the loss phase of a training step
+        self._guard: TrainingGuard | None = None
         self._source: RecordSource | None = None
         self._stats: ReplayStats | None = None
         self._recorded: RecordedRoutes | None = None
-        self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self._routers)] + [
+        self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self.routers)] + [
             Patch(self.stack, torch.compiler.disable(self._forward_stack))
         ]
 
@@ -122,8 +119,8 @@ class RouterReplay:
         return self.layout.top_k
 
     def __repr__(self) -> str:
-        router = type(self._routers[0].module).__name__
-        gating = "op" if all(isinstance(router, GatedRouter) for router in self._routers) else "intercept"
+        router = type(self.routers[0].module).__name__
+        gating = "op" if all(isinstance(router, GatedRouter) for router in self.routers) else "intercept"
         return (
             f"RouterReplay({router}, gating={gating!r}, moe_layers={self.moe_layers}, "
             f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k})"
@@ -163,38 +160,8 @@ class RouterReplay:
             `ValueError`: If the record cannot be one of this model or of the forward's batch.
             `RuntimeError`: If no forward went through the model.
         """
-        with self.replay_from(self.batch_source(routed_experts)) as stats:
+        with self.replay_from(WholeBatch.of(routed_experts, self.layout)) as stats:
             yield stats
-
-    def batch_source(self, routed_experts: Tensor) -> WholeBatch:
-        """
-        Check a record of a whole batch.
-
-        Args:
-            routed_experts (`torch.Tensor` of shape `(B, T, S, K)`):
-                As in [`RouterReplay.replay`].
-
-        Returns:
-            [`WholeBatch`]: What [`RouterReplay.replay_from`] takes.
-
-        Raises:
-            `ValueError`: Naming sample, layer and both numbers.
-        """
-        routed_experts = torch.as_tensor(routed_experts)
-        if routed_experts.ndim != 4:
-            raise ValueError(
-                f"`routed_experts` has {routed_experts.ndim} dimensions, shape {tuple(routed_experts.shape)}, "
-                "expected 4: (batch, tokens, layers, top_k)."
-            )
-        record = pack(select_moe_layers(routed_experts, self.layout), self.layout)
-        for sample, rows in enumerate(record.cpu()):
-            check_rows(rows, self.layout, sample=sample)
-            if rows.shape[0] > 1 and bool(missing_rows(rows, self.layout).all()):
-                raise ValueError(
-                    f"sample {sample}: all {rows.shape[0]} rows are missing, so nothing of it would be replayed. Pass "
-                    "its record, or leave the sample out."
-                )
-        return WholeBatch(record)
 
     @contextmanager
     def replay_from(self, source: RecordSource) -> Iterator[ReplayStats]:
@@ -210,6 +177,20 @@ class RouterReplay:
                 "no forward went through the model inside `replay()`, so nothing was replayed. Call the model that "
                 "this handle is attached to."
             )
+
+    @contextmanager
+    def guarded(self, guard: TrainingGuard | None) -> Iterator[None]:
+        """Let `guard` meet the forwards inside that build a graph, or nothing."""
+        before, self._guard = self._guard, guard
+        try:
+            yield
+        finally:
+            self._guard = before
+
+    @property
+    def guard(self) -> TrainingGuard | None:
+        """What meets the forwards of a training step."""
+        return self._guard
 
     def remove(self) -> None:
         """Give the model back as it was, bit for bit."""
@@ -230,7 +211,7 @@ class RouterReplay:
             return pass_.route(index, forward, args, kwargs)
         if self._recomputes and in_backward():
             raise RuntimeError(
-                f"{self._routers[index].name} is recomputed in backward by a checkpoint that replay does not know, so "
+                f"{self.routers[index].name} is recomputed in backward by a checkpoint that replay does not know, so "
                 "its record is lost. Use `model.gradient_checkpointing_enable()`."
             )
         return forward(*args, **kwargs)
@@ -254,8 +235,8 @@ class RouterReplay:
         if self._recorded is not None:
             return self._record_stack(self._recorded, forward, args, kwargs)
         if torch.is_grad_enabled():
-            if self.guard is not None:
-                self.guard.meet_live(*batch_of(args, kwargs)[1].shape[:2])
+            if self._guard is not None:
+                self._guard.meet_live(*batch_of(args, kwargs)[1].shape[:2])
             return self._live_stack(forward, args, kwargs)
         return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
 
@@ -267,14 +248,14 @@ class RouterReplay:
         if not self.steady_recompute:
             return self._run(LivePass(), forward, args, kwargs)
         self._recomputes = True
-        pass_ = RecordingPass(self._routers, self.layout)
+        pass_ = RecordingPass(self.routers, self.layout)
         output = self._run(pass_, forward, args, kwargs)
         pass_.close()
         return output
 
     def _record_stack(self, recorded: RecordedRoutes, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         tokens, main = batch_of(args, kwargs)
-        pass_ = RecordingPass(self._routers, self.layout)
+        pass_ = RecordingPass(self.routers, self.layout)
         output = self._run(pass_, forward, args, kwargs)
         recorded.forwards.append(pass_.close().unflatten(0, main.shape[:2]))
         recorded.tokens.append(None if tokens is None else tokens.clone())  # a view would keep its base
@@ -289,14 +270,14 @@ class RouterReplay:
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = self._recomputes or torch.is_grad_enabled()
         observed_M = None if source.observed is None else source.observed.to(main.device)
-        pass_ = ReplayingPass(self._routers, self.layout, replayed_NLK, has_missing, observed_M)
+        pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M)
         output = self._run(pass_, forward, args, kwargs)
         live_MLK = pass_.observed_live()
         changed_NL = pass_.close()
         if live_MLK is not None:
             source.observe(live_MLK.cpu())
-        if self.guard is not None and torch.is_grad_enabled():
-            self.guard.replayed += 1
+        if self._guard is not None and torch.is_grad_enabled():
+            self._guard.replayed += 1
         assert self._stats is not None  # replay_from() is around us
         attended_N = attended_tokens(kwargs.get("attention_mask"), batch_size, num_tokens)
         self._stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)

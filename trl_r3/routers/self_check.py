@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interception import Router, TopKCall, TopKWatch
-from .rebinding import ReboundForward
+from .router import Router
+from .top_k import ReboundForward, TopKCall, TopKWatch
 
 
 class UnsupportedRouterError(ValueError):

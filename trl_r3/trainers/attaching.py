@@ -1,70 +1,99 @@
-"""When a trainer is attached to its policy: from the moment `train()` has prepared it until `train()` is over."""
+"""The handle on the policy of a trainer: from the moment `train()` has prepared it until `train()` is over."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from ..alarm.evidence import Alarm
+from ..engines.turns import SamplingTrainer
 from ..routers.discovery import refuse_dense
+from ..routers.passes import TrainingGuard
 from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
-from .alarm import Alarm
-from .log import ReplayLogMixin
-from .rollout import Rollout
-from .together import make_together
-from .tracing import Tracer
+from .log import ReplayLog, make_together
 
 
-class AttachingMixin(ReplayLogMixin):
-    """Holds what lives as long as a training: the handle on the policy, alarm, traces and the last rollout."""
+class ReplayingTrainer(SamplingTrainer, Protocol):
+    """What attaching asks of a trainer, beside what engines do. Its arguments are a [`RoutingReplayConfigMixin`]."""
 
-    _use_replay: bool
-    _attached_replay: RouterReplay | None = None
-    _alarm: Alarm | None = None
-    _tracer: Tracer | None = None
-    _rollout: Rollout | None = None
+    args: Any
+    model: Any
+    state: Any
+
+
+class Attachment:
+    """
+    Routing replay on the policy of a trainer, and the alarm, for the time of a training.
+
+    Args:
+        trainer ([`ReplayingTrainer`]):
+            Whose policy it is.
+    """
+
+    def __init__(self, trainer: ReplayingTrainer):
+        self.trainer = trainer
+        self.alarm: Alarm | None = None
+        self._replay: RouterReplay | None = None
+
+    @property
+    def replay(self) -> RouterReplay:
+        """The handle on the policy, while it trains."""
+        if self._replay is None:
+            raise RuntimeError("routing replay is attached to the policy only while `train()` runs. Call it inside.")
+        return self._replay
+
+    def try_on(self) -> None:
+        """Attach and detach, so that unsupported models fail now; ZeRO-3 and FSDP may load weights later."""
+        try:
+            self._attach(only_with_weights=True)
+        finally:
+            self.detach()
+
+    def attach(self, judges: bool) -> None:
+        """
+        Attach to the policy as it will train: weights are sharded and kernels replaced by now.
+
+        Args:
+            judges (`bool`):
+                Whether the alarm judges the records: those that this package does not make itself.
+        """
+        self._attach()
+        self.alarm = Alarm(self.replay.layout, self.trainer.args.routing_replay_alarm, judges)
+
+    def detach(self) -> None:
+        """Give the policy back as it was."""
+        if self._replay is not None:
+            self._replay.remove()
+        self._replay = self.alarm = None
 
     def _attach(self, only_with_weights: bool = False) -> None:
-        self._detach()
-        model = self.accelerator.unwrap_model(self.model)
+        self.detach()
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
 
         def attach() -> None:
             refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
-                self._attached_replay = RouterReplay(model, self.args.routing_replay_gating)
+                self._replay = RouterReplay(model, self.trainer.args.routing_replay_gating)
 
-        make_together(self.accelerator, attach)
+        make_together(self.trainer.accelerator, attach)
 
-    def _detach(self) -> None:
-        if self._attached_replay is not None:
-            self._attached_replay.remove()
-        self._attached_replay = self._alarm = self._tracer = None
-        if self._rollout is not None:
-            self._rollout.remove_files()
+    @contextmanager
+    def training_step(self, log: ReplayLog) -> Iterator[None]:
+        """
+        A training step inside which each forward of the policy that builds a graph replays, and one of them at least.
 
-    def _prepare_for_training(self, *args, **kwargs):
-        """Of Transformers, when weights are sharded and kernels replaced: here the routers are as they will train."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._use_replay:
-            self._attach()
-            layout, action = self.routing_replay.layout, self.args.routing_replay_alarm
-            self._alarm = Alarm(layout, action, judges=self._has_foreign_records)
-            self._tracer = Tracer(self)
-        return prepared
-
-    @property
-    def routing_replay(self) -> RouterReplay:
-        """The handle on the policy, while it trains."""
-        if self._attached_replay is None:
-            raise RuntimeError("routing replay is attached to the policy only while `train()` runs. Call it inside.")
-        return self._attached_replay
-
-    @property
-    def _has_foreign_records(self) -> bool:
-        foreign = self.use_vllm or getattr(self, "rollout_func", None) is not None
-        return foreign and self.args.routing_replay_mode == "R3"
-
-    def train(self, *args, **kwargs):
-        """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
-        self._last_compared, self._rollout = None, None
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._detach()
+        Args:
+            log ([`ReplayLog`]):
+                Where forwards that go live on purpose are counted.
+        """
+        guard = TrainingGuard()
+        with self.replay.guarded(guard):
+            yield
+        if guard.replayed + guard.live == 0:
+            raise RuntimeError(
+                "a training step ended in which no forward of the policy replayed its record. Compute the loss with "
+                "the model that the trainer holds, or set `use_routing_replay=False`."
+            )
+        log.add_live(guard)

@@ -1,13 +1,19 @@
-"""What is refused before a trainer is built: settings, models and parents that replay cannot work with."""
+"""What happens while a trainer is built: settings, models and parents are refused, engines made to record."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from trl.import_utils import is_vllm_available
 
+from ..engines.vllm_colocate import recording_llm
+from ..engines.vllm_masks import check_mask_settings
+from ..engines.vllm_server import recording_client
 from ..routers.discovery import refuse_dense
 from .config import RoutingReplayConfigMixin
 
@@ -65,27 +71,36 @@ def check_shards(accelerator: Any) -> None:
         )
 
 
-def check_setup(config: Any, model: Any) -> None:
+def config_from(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The config among the arguments of a trainer, or `None`."""
+    return kwargs.get("args") or next((arg for arg in args if hasattr(arg, "per_device_train_batch_size")), None)
+
+
+def check_setup(config: Any, model: Any, routes: bool, masks: bool) -> None:
     """
     Refuse what config and model tell, before TRL builds an engine for them.
 
     Args:
-        config ([`~trl.GRPOConfig`]):
+        config ([`~trl.GRPOConfig`], *optional*):
             Config of the trainer.
         model (`str` or `torch.nn.Module`):
             The policy.
+        routes, masks (`bool`):
+            What is to be replayed.
 
     Raises:
         `ValueError`: Naming what cannot work and what to set instead.
     """
+    if (routes or masks) and config.torch_compile:
+        what, switch = "sampling masks", "use_sampling_mask_replay"
+        if routes:
+            what, switch = "routing replay", "use_routing_replay"
+        raise ValueError(f"`torch_compile=True` runs past {what}. Set `torch_compile=False`, or `{switch}=False`.")
+    if not routes:
+        return
     if not isinstance(config, RoutingReplayConfigMixin):
         raise ValueError(
             f"`use_routing_replay` is set on a {type(config).__name__}, which does not check it. Use `R3GRPOConfig`."
-        )
-    settings: Any = config
-    if settings.torch_compile:
-        raise ValueError(
-            "`torch_compile=True` runs past routing replay. Set `torch_compile=False`, or `use_routing_replay=False`."
         )
     if isinstance(model, str):
         model = _without_weights(model, config)
@@ -93,22 +108,38 @@ def check_setup(config: Any, model: Any) -> None:
         refuse_dense(model)
 
 
-def check_mask_setup(config: Any) -> None:
+@contextmanager
+def recording_engine(config: Any, routes: bool, masks: bool) -> Iterator[None]:
     """
-    Refuse what sampling masks cannot work with, before TRL builds an engine.
+    Let a trainer that is constructed inside get a vLLM that returns what is replayed.
 
     Args:
-        config ([`~trl.GRPOConfig`]):
+        config ([`~trl.GRPOConfig`], *optional*):
             Config of the trainer.
+        routes, masks (`bool`):
+            What is replayed.
 
     Raises:
-        `ValueError`: Naming what cannot work and what to set instead.
+        `ImportError`: If vLLM is not installed.
+        `ValueError`: If its version or sampling settings return it not.
     """
-    if config.torch_compile:
-        raise ValueError(
-            "`torch_compile=True` runs past sampling masks. Set `torch_compile=False`, or "
-            "`use_sampling_mask_replay=False`."
+    routes = routes and config.routing_replay_mode == "R3"
+    if not (routes or masks) or not config.use_vllm:
+        yield
+        return
+    if masks:
+        check_mask_settings(config)
+    if not is_vllm_available():
+        raise ImportError(
+            "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl[vllm]'`, or set "
+            "`use_vllm=False`."
         )
+    if config.vllm_mode == "server":
+        with recording_client(routes, masks):
+            yield
+        return
+    with recording_llm(routes, masks, config.vllm_tensor_parallel_size):
+        yield
 
 
 def _without_weights(name: str, config: Any) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""One rollout of a trainer: its samples, and what a pass over some of them is about.
+"""One rollout of a trainer: the turns that it is made of, then its samples.
 
 Legend: B batch, C completion tokens.
 """
@@ -13,12 +13,38 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..engines.turns import RolloutRecord
+from ..engines.known_routes import KnownRoutes
+from ..engines.turns import MakeTurn, Prompts, RolloutRecord, Turn
 from ..records.checks import MisalignedRecordError, rows_that_matter
-from ..records.layout import RoutingLayout
-from ..records.samples import Sample, ScoredBatch
-from ..records.sampling_masks import SamplingMask
-from ..records.spill import SpilledRecords
+from ..records.record import RoutingLayout
+from ..records.samples import Sample
+from ..records.sampling_mask import SamplingMask
+from ..records.spill import SpilledTensors
+
+
+@dataclass
+class Turns:
+    """
+    What the engine has been asked for in a rollout so far.
+
+    Args:
+        known ([`KnownRoutes`], *optional*):
+            Rows that vLLM has returned, where later turns go on from earlier ones.
+    """
+
+    known: KnownRoutes | None = None
+    made: list[Turn] = field(default_factory=list, init=False)
+    error: Exception | None = field(default=None, init=False)
+
+    def add(self, make_turn: MakeTurn, prompt_ids: Prompts, generated: Any) -> None:
+        """Take what one call of `_generate_single_turn` returned."""
+        completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
+        try:
+            # copied: the tool loop goes on to edit them
+            self.made.append(make_turn([list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]))
+        except (RuntimeError, ValueError) as error:
+            # other processes go on to meet this one where TRL gathers lengths: raised when that is over
+            self.error = self.error or error
 
 
 @dataclass
@@ -29,49 +55,40 @@ class Rollout:
     Args:
         samples (list of [`Sample`]):
             With ascending identities.
-        logprobs (list of `torch.Tensor` of shape `(C_i,)`, *optional*):
-            Log-probabilities that they were sampled with.
         step (`int`):
             Optimizer steps that had been taken.
-        spilled ([`SpilledRecords`], *optional*):
-            The files of the records, where they are in files.
+        spilled ([`SpilledTensors`], *optional*):
+            The files of what was recorded, where it is in files.
     """
 
     samples: list[Sample]
-    logprobs: list[Tensor] | None
     step: int
-    spilled: SpilledRecords | None = None
+    spilled: SpilledTensors | None = None
 
     @classmethod
-    def of(cls, record: RolloutRecord, prompt_ids: list, completion_ids: list, *, first: int, step: int) -> Rollout:
-        """Samples with identities from `first` on, which no earlier rollout has had."""
-        tokens = [
-            torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
-        ]
-        masks: Sequence[SamplingMask | None] = record.masks or [None] * len(tokens)
-        samples = [
-            Sample(first + i, ids, length, rows, mask=mask)
-            for i, (ids, length, rows, mask) in enumerate(
-                zip(tokens, record.prompt_lengths, record.records, masks, strict=True)
-            )
-        ]
-        return cls(samples, record.logprobs, step)
-
-    @classmethod
-    def after(
-        cls, previous: Rollout | None, record: RolloutRecord, prompt_ids: list, completion_ids: list, *, step: int
+    def of(
+        cls, record: RolloutRecord, prompt_ids: Prompts, completion_ids: Prompts, *, first: int, step: int
     ) -> Rollout:
-        """The rollout that replaces another one, if there was one: its identities go on."""
-        first = 0 if previous is None else previous.first + len(previous.samples)
-        return cls.of(record, prompt_ids, completion_ids, first=first, step=step)
+        """Samples with identities from `first` on, which no earlier rollout has had."""
+        nothing: Sequence[None] = [None] * len(prompt_ids)
+        masks: Sequence[SamplingMask | None] = record.masks or nothing
+        logprobs: Sequence[Tensor | None] = record.logprobs or nothing
+        parts = zip(prompt_ids, completion_ids, record.prompt_lengths, record.records, masks, logprobs, strict=True)
+        samples = [
+            Sample(first + i, torch.tensor([*prompt, *completion]), length, rows, None, mask, values)
+            for i, (prompt, completion, length, rows, mask, values) in enumerate(parts)
+        ]
+        return cls(samples, step)
 
     def spill(self, folder: str) -> OSError | None:
-        """Put the records of the samples into files, and return what is to be raised if that fails."""
+        """Put what was recorded of the samples into files, and return what is to be raised if that fails."""
         self.remove_files()
         try:
-            self.spilled = SpilledRecords(folder)
+            self.spilled = SpilledTensors(folder)
             for sample in self.samples:  # one after the other, so that memory is given back on the way
-                (sample.record,) = self.spilled.take([sample.record])
+                sample.record = self.spilled.take(sample.record)
+                if sample.mask is not None:
+                    sample.mask = SamplingMask(*map(self.spilled.take, (sample.mask.ids, sample.mask.offsets)))
         except (OSError, SafetensorError) as error:
             return OSError(
                 f"the records of {len(self.samples)} samples cannot be written to `routing_replay_spill_dir` "
@@ -79,22 +96,11 @@ class Rollout:
             )
         return None
 
-    def release(self) -> None:
-        """Give the records back, in memory or in files, when every update on them has been made."""
-        for sample in self.samples:
-            sample.record = sample.record[:0].clone()
-        self.remove_files()
-
     def remove_files(self) -> None:
         """Remove the files of the records, if there are any."""
         if self.spilled is not None:
             self.spilled.remove()
             self.spilled = None
-
-    @property
-    def first(self) -> int:
-        """The lowest identity."""
-        return self.samples[0].identity if self.samples else 0
 
     def identities(self, device: torch.device) -> Tensor:
         """(B,) what travels with the batch: it is shuffled, split and indexed as the other tensors are."""
@@ -102,27 +108,26 @@ class Rollout:
 
     def of_identities(self, identities: Sequence[int]) -> list[Sample]:
         """The samples of a batch, in its order."""
-        last = self.first + len(self.samples) - 1
-        wrong = [identity for identity in identities if not self.first <= identity <= last]
+        first = self.samples[0].identity if self.samples else 0
+        last = first + len(self.samples) - 1
+        wrong = [identity for identity in identities if not first <= identity <= last]
         if wrong:
             raise MisalignedRecordError(
-                f"the batch names sample {wrong[0]}, but the rollout has {self.first} to {last}: it is that of an "
-                "earlier rollout, or its `routed_samples` or `masked_samples` was edited. Train on the batch of the "
-                "last rollout."
+                f"the batch names sample {wrong[0]}, but the rollout has {first} to {last}: it is that of an earlier "
+                "rollout, or its `rollout_samples` was edited. Train on the batch of the last rollout."
             )
-        return [self.samples[identity - self.first] for identity in identities]
+        return [self.samples[identity - first] for identity in identities]
 
-    def count_rows_that_matter(self, output: dict[str, Any]) -> None:
-        """Note how many rows of each sample the loss of the scored batch depends on."""
-        mask_BC = (output["completion_mask"] * output.get("tool_mask", 1)).bool().cpu()
-        counts = rows_that_matter(mask_BC).sum(1).tolist()
+    def count_rows_that_matter(self, mask_BC: Tensor) -> None:
+        """Note how many rows of each sample the loss depends on, given the completion tokens that it counts."""
+        counts = rows_that_matter(mask_BC.bool().cpu()).sum(1).tolist()
         for sample, count in zip(self.samples, counts, strict=True):
             # the row before a token predicts it
             sample.rows_that_matter = sample.prompt_length - 1 + count if count else 0
 
     def refuse_missing(self, layout: RoutingLayout, allowed: float) -> RuntimeError | None:
         """What is to be raised if more of the rows that matter lack a record than are allowed to."""
-        counts = [sample.missing(layout) for sample in self.samples]
+        counts = [sample.count_rows(layout) for sample in self.samples]
         rows, missing = (sum(column) for column in zip(*counts, strict=True))
         share = missing / max(rows, 1)
         if share <= allowed:
@@ -133,24 +138,3 @@ class Rollout:
             f"loss depends on, but `routing_replay_max_missing` allows {allowed:.2%}. Fix the rollout, or set "
             "`routing_replay_max_missing` to let these rows route live."
         )
-
-
-@dataclass
-class Scoring:
-    """What the passes inside one call of TRL score."""
-
-    samples: list[Sample] = field(default_factory=list)  # once there are completions
-    inputs: dict[str, Any] | None = None  # of an update; without them: the passes over a fresh rollout
-    old_logprobs: Tensor | None = None  # (B, C), if there is an old-policy pass
-    batch: ScoredBatch | None = None  # of the last pass that replayed
-
-    @property
-    def has_old_policy(self) -> bool:
-        """Whether TRL has scored the old policy for the batch of this update."""
-        return self.inputs is not None and not self.inputs.keys().isdisjoint(("old_per_token_logps", "old_logps"))
-
-
-def tokens_of_turn(prompt_ids: list[list[int]], generated: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and completions of what `_generate_single_turn` returned, copied: the tool loop goes on to edit them."""
-    completion_ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO has no log-probabilities
-    return [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]

@@ -29,7 +29,7 @@ def main(model: str, smoke: bool, output: Path) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from . import report, run, settings, trainer  # TRL takes seconds to import
+    from . import low_precision, results, run, settings  # TRL takes seconds to import
 
     disable_progress_bar()  # ours is one bar for the whole run
     console = Console()
@@ -38,12 +38,12 @@ def main(model: str, smoke: bool, output: Path) -> None:
     console.print(
         f"Two GRPO runs of a small {model} mixture of experts that learns to add, on the CPU.", soft_wrap=True
     )
-    console.print(f"{trainer.GAP} Between the runs only `use_routing_replay` differs.", soft_wrap=True)
+    console.print(f"{low_precision.GAP} Between the runs only `use_routing_replay` differs.", soft_wrap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names that TRL still uses
         result = run.run_demo(model, size, output, console)
-    report.write(result, model, size, output)
-    console.print(report.rich_table(result))
+    results.write(result, model, size, output)
+    console.print(results.rich_table(result))
     console.print(
         f"{result.parameters / 1e6:.1f} M parameters, {size.grpo_steps} steps a run, {result.seconds:.0f} s in all; "
         f"mismatch: mean of every {size.measure_every} steps, taken before the update; one seed.",

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterC
 
 from ..._compat import without_checkpointing
 from ...trainers.grpo import R3GRPOConfig
-from .model import CONFIGS, Sum, accuracy, build_tokenizer, make_sums, warm_up
+from .low_precision import LowPrecisionRolloutTrainer
+from .policy import CONFIGS, Sum, accuracy, build_tokenizer, make_sums, warm_up
 from .settings import DemoSettings
-from .trainer import LowPrecisionRolloutTrainer
 
 RUNS = {"without replay": False, "with replay": True}
 

@@ -7,11 +7,11 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
+from .answer import as_dict, show
 from .job import STRATEGIES, Job, PlanError
 from .memory import estimate
-from .model import ModelFacts, read_model
 from .remedies import remedies
-from .report import as_dict, show
+from .sizes import ModelFacts, read_model
 
 __all__ = ["STRATEGIES", "Job", "ModelFacts", "PlanError", "estimate", "main", "read_model", "remedies"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .job import GB, Job
-from .model import ModelFacts
+from .sizes import ModelFacts
 
 _TOKEN_IDS = 8  # bytes; a sample keeps its tokens beside its record, in int64
 # NF4 keeps half a byte a weight and, for each block of 64, a scale in float32

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from .job import GB, Job, PlanError
 from .memory import Plan, estimate
-from .model import ModelFacts, read_model
+from .sizes import ModelFacts, read_model
 
 _MOST_GPUS = 1024
 _SERVE = "serve vLLM on other GPUs (`--engine-share 0`)"

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ...records.judgement import MIN_KAPPA
-from ...records.trace_summary import Mismatch
-from ...trainers.heat_map import HEALTHY_CHANGED, draw_changed_routers, new_figure
+from ...alarm.judge import MIN_KAPPA
+from ...traces.heat_map import HEALTHY_CHANGED, draw_changed_routers, new_figure
+from ...traces.trace_summary import Mismatch
 from .run_data import TAUS, Curve, RunData
 
 REPLAYED, LIVE, HEALTHY = "tab:blue", "tab:orange", "tab:green"

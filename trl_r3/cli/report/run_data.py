@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...records.trace import Trace, TraceFacts
-from ...records.trace_file import find_traces, load_trace
-from ...records.trace_summary import StepSummary, summarise
-from ...trainers.metric_names import SHARES
+from ...records.metrics import SHARES
+from ...traces.trace import Trace, TraceFacts
+from ...traces.trace_file import find_traces, load_trace
+from ...traces.trace_summary import StepSummary, summarise
 
 TAUS = (1.1, 1.5, 2.0)
 MAX_NAMED = 3  # unreadable files

@@ -13,20 +13,20 @@ from contextlib import redirect_stdout
 import torch
 from torch import Tensor
 
-from ...records.evidence import RoutingEvidence
+from ...alarm.evidence import RoutingEvidence
 from ...routers.probe import input_device
 from ...routers.router_replay import RouterReplay
 from ...routers.self_check import UnsupportedRouterError
 from ..bad_input import BadInput
 from ..models import LoadedModel
 from . import findings
-from .engines import continuous_rollout, server_rollout, transformers_rollout, vllm_rollout
 from .findings import Finding
 from .launch import Launch
 from .logprobs import candidates, logprobs_finding
-from .report import Layer, Report, print_report
-from .rollout import Sampling, VerifiedRollout, generated_prompts
 from .rows import check_rollout_rows
+from .samplers import continuous_rollout, server_rollout, transformers_rollout, vllm_rollout
+from .sampling import Sampling, VerifiedRollout, generated_prompts
+from .table import Layer, Report, print_report
 from .training import CHECKPOINTING, Batch, padding_k3, replayed_gradients, score, score_replayed
 
 ENGINES = ("transformers", "continuous", "vllm", "server")

@@ -1,20 +1,19 @@
-"""Which experts ran, seen at the experts themselves, whatever replay believes.
+"""Which experts ran in the forwards of `verify`, and which of them are not those of the record.
 
 Legend: B samples, T tokens of a padded sequence, N = B * T, L MoE layers, K experts per token.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...routers.router_replay import RouterReplay
+from ..experts import experts_of, watched_experts
 
 
 @dataclass
@@ -72,13 +71,9 @@ def watch_experts(model: nn.Module, replay: RouterReplay) -> Iterator[Executed]:
     """
     executed, by_router = Executed(), Executed()
 
-    def at_experts(layer: int) -> Callable:
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            ids = [a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and not a.is_floating_point()]
-            if len(ids) == 1 and ids[0].shape[-1] == replay.top_k:
-                executed.ids.setdefault(layer, []).append(ids[0].detach().reshape(-1, replay.top_k).cpu())
-
-        return note
+    def at_experts(layer: int, ids: Tensor) -> None:
+        if layer in replay.moe_layers and ids.shape[-1] == replay.top_k:
+            executed.ids.setdefault(layer, []).append(ids.reshape(-1, replay.top_k).cpu())
 
     def at_router(layer: int, place: int) -> Callable:
         def note(module: nn.Module, args: tuple, output: Any) -> None:
@@ -86,35 +81,24 @@ def watch_experts(model: nn.Module, replay: RouterReplay) -> Iterator[Executed]:
 
         return note
 
-    experts = _experts_of(model, replay.moe_layers)
     executed.with_weights = {
-        layer: _experts_with_weights(module, replay.num_experts) for layer, module in experts.items()
+        layer: _experts_with_weights(module, replay.num_experts)
+        for layer, module in experts_of(model).items()
+        if layer in replay.moe_layers
     }
     handles = [
-        module.register_forward_pre_hook(at_experts(layer), with_kwargs=True) for layer, module in experts.items()
-    ]
-    handles += [
         router.module.register_forward_hook(at_router(router.layer, router.ids_output))
-        for router in replay._routers
+        for router in replay.routers
         if router.ids_output is not None
     ]
     try:
-        yield executed
+        with watched_experts(model, at_experts):
+            yield executed
     finally:
         for handle in handles:
             handle.remove()
         for layer, calls in by_router.ids.items():
             executed.ids.setdefault(layer, calls)
-
-
-def _experts_of(model: nn.Module, layers: list[int]) -> dict[int, nn.Module]:
-    """The outermost modules named `experts`, by the decoder layer in their path."""
-    found: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        index = re.search(r"\.(\d+)\.", name)
-        if name.rpartition(".")[2] == "experts" and index is not None and int(index[1]) in layers:
-            found.setdefault(int(index[1]), module)
-    return found
 
 
 def _experts_with_weights(experts: nn.Module, num_experts: int) -> int:

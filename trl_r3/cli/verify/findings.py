@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...engines.payloads import VLLM_FLAG
-from ...records.judgement import Verdict
+from ...alarm.evidence import Verdict
+from ...alarm.judge import Fault
+from ...engines.vllm_versions import VLLM_FLAG
+from ...records.metrics import extreme_token_frac, k3_kl
 from ...routers.router_replay import RouterReplay
-from ...trainers.metrics import extreme_token_frac, k3_kl
 from .executed import Executed
-from .rollout import VerifiedRollout
 from .rows import CheckedRows
+from .sampling import VerifiedRollout
 from .training import Gradients
 
 Status = Literal["right", "wrong", "not judged"]
@@ -53,10 +54,6 @@ class Finding:
     seen: str
     cause: str | None = None
     remedy: str | None = None
-
-
-def _status(is_right: bool) -> Status:
-    return "right" if is_right else "wrong"
 
 
 def rows_finding(rows: CheckedRows, rollout: VerifiedRollout) -> Finding:
@@ -141,41 +138,40 @@ def agreement_finding(statistics: Verdict | None, verdict: Verdict | None, rows:
     )
     if verdict is None:
         return Finding("agreement", "not judged", f"{seen}: too few to judge")
-    if verdict.fault is None:
+    if verdict.found is None:
         if statistics.agreement != statistics.agreement:
             return Finding("agreement", "not judged", f"{seen}: all tokens go to the same experts")
         return Finding("agreement", "right", seen)
-    return Finding("agreement", "wrong", verdict.fault.partition(". At the rollout's weights")[0], *_cause(verdict))
+    fact = f"the record of the rollout is not that of its tokens: {verdict.found.fact}"
+    return Finding("agreement", "wrong", fact, *_CAUSES[verdict.found.kind])
 
 
-def _cause(verdict: Verdict) -> tuple[str, str]:
-    fault = verdict.fault or ""
-    if "moved by one token" in fault:
-        return (
-            "rows are shifted by one token: the record does not begin with the row of the first prompt token",
-            "row p is the routing of input token p; drop or add what stands before the first",
-        )
-    if "constant row" in fault:
-        return (
-            "a layer repeats one row: kernels that report nothing, or a buffer that was never filled",
-            "use vLLM 0.28 or later, or a MoE backend that is not monolithic",
-        )
-    if "of layer" in fault:
-        return (
-            "layers are shifted: the record's slots are those of other layers, as where dense layers are counted on "
-            "one side only",
-            "map layers by the index of the decoder layer, dense ones included, and leave out those of multi-token "
-            "prediction",
-        )
-    if "other weights" in fault:
-        return (
-            "the engine serves other weights than those that score",
-            "synchronise the weights; with an adapter, merge it into what the engine serves",
-        )
-    return (
+# what is wrong with a record: its likely cause, and what to do
+_CAUSES = {
+    Fault.MOVED: (
+        "rows are shifted by one token: the record does not begin with the row of the first prompt token",
+        "row p is the routing of input token p; drop or add what stands before the first",
+    ),
+    Fault.CONSTANT_LAYER: (
+        "a layer repeats one row: kernels that report nothing, or a buffer that was never filled",
+        "use vLLM 0.28 or later, or a MoE backend that is not monolithic",
+    ),
+    Fault.OTHER_LAYER: (
+        "layers are shifted: the record's slots are those of other layers, as where dense layers are counted on one "
+        "side only",
+        "map layers by the index of the decoder layer, dense ones included, and leave out those of multi-token "
+        "prediction",
+    ),
+    Fault.OTHER_WEIGHTS: (
+        "the engine serves other weights than those that score",
+        "synchronise the weights; with an adapter, merge it into what the engine serves",
+    ),
+    Fault.OTHER_SAMPLES: (
         "these are the routes of other tokens or samples, or of other weights",
         "check the order in which samples are returned, and that the engine serves the weights that score",
-    )
+    ),
+}
+_CAUSES[Fault.OTHER_TOKENS] = _CAUSES[Fault.OTHER_SAMPLES]
 
 
 def mismatch_finding(

@@ -12,7 +12,7 @@ from torch.optim import SGD
 
 from ..bad_input import BadInput
 from ..models import LoadedModel, load_model
-from .report import Report
+from .table import Report
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .findings import Finding
-from .rollout import PROCESSED, VerifiedRollout
+from .sampling import PROCESSED, VerifiedRollout
 
 _NAME = "log-probabilities"
 _CLEARLY = 0.5  # another candidate has to fit with at most this share of the error

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ...records.checks import sound_rows
-from ...records.layout import MISSING, RoutingLayout, select_moe_layers
-from ...records.storage import pack
-from .rollout import VerifiedRollout
+from ...records.record import MISSING, RoutingLayout, pack, select_moe_layers
+from .sampling import VerifiedRollout
 
 
 @dataclass

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..._compat import set_checkpointing
-from ...records.evidence import Observation
-from ...records.samples import Sample, ScoredBatch
-from ...records.storage import unpack
+from ...records.metrics import k3_kl
+from ...records.record import unpack
+from ...records.samples import Observation, Sample, ScoredBatch
 from ...routers.router_replay import RouterReplay
-from ...trainers.metrics import k3_kl
 from ..models import LoadedModel
 from .executed import Executed, watch_experts
-from .rollout import VerifiedRollout
+from .sampling import VerifiedRollout
 
 CHECKPOINTING: dict[str, dict[str, bool] | None] = {
     "none": None,
@@ -208,7 +207,7 @@ def _gradients_of_inputs(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
 
 
 def _routers_and_embedding(model: Any, replay: RouterReplay) -> dict[str, nn.Parameter]:
-    modules = [model.get_input_embeddings(), *(router.module for router in replay._routers)]
+    modules = [model.get_input_embeddings(), *(router.module for router in replay.routers)]
     own = {id(parameter) for module in modules for parameter in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in own and p.is_floating_point()}
 

@@ -1,0 +1,1 @@
+"""Scoring over the tokens that truncated sampling kept."""

@@ -1,0 +1,293 @@
+"""What a trainer of the GRPO family remembers while it replays, and how a pass over its rollout is scored.
+
+Legend: B batch, T tokens of a padded sequence, C completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._compat import adapters_are_off
+from ..alarm.evidence import Verdict
+from ..engines.continuous_batching import recorded_batches
+from ..engines.generate import recorded_generate
+from ..engines.known_routes import KnownRoutes
+from ..engines.rollout_func import masks_from_func, records_from_func
+from ..engines.turns import MakeTurn, Prompts, RolloutRecord, stitch
+from ..engines.vllm_colocate import recorded_llm
+from ..engines.vllm_server import recorded_server
+from ..masks.masked_batch import MaskedBatch
+from ..masks.restricted_head import restricted_head
+from ..records.record import slice_samples
+from ..records.samples import CheckedTokens, Sample, ScoredBatch
+from .attaching import Attachment, ReplayingTrainer
+from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
+from .rollout import Rollout, Turns
+from .tracer import Tracer
+
+Scores = tuple[Tensor, Tensor | None]  # (B, C) log-probabilities and entropies
+
+
+class ScoringTrainer(ReplayingTrainer, Protocol):
+    """What a session asks of a trainer, beside what attaching does."""
+
+    ref_model: Any
+    top_p: float
+    top_k: int
+    min_p: float | None
+
+
+@dataclass
+class Scoring:
+    """What the passes inside one call of TRL score."""
+
+    samples: list[Sample] = field(default_factory=list)  # once there are completions
+    batch: dict[str, Any] | None = None  # of an update; without it: the passes over a fresh rollout
+    goes_live: bool = False  # whether routing is live on purpose, to compare with
+    old_logprobs: Tensor | None = None  # (B, C), if there is an old-policy pass
+    verdict: Verdict | None = None  # what live routing said of the records
+
+    @property
+    def is_update(self) -> bool:
+        """Whether a loss is computed."""
+        return self.batch is not None
+
+    @property
+    def has_old_policy(self) -> bool:
+        """Whether TRL has scored the old policy for the batch of this update."""
+        return self.batch is not None and not self.batch.keys().isdisjoint(("old_per_token_logps", "old_logps"))
+
+
+class ReplaySession:
+    """
+    The state of a trainer that replays, behind its one attribute.
+
+    Args:
+        trainer ([`ScoringTrainer`]):
+            The trainer.
+        routes, masks (`bool`):
+            What is replayed: experts, the tokens that sampling kept, or both.
+    """
+
+    def __init__(self, trainer: ScoringTrainer, routes: bool, masks: bool):
+        self.trainer, self.routes, self.masks = trainer, routes, masks
+        self.attachment = Attachment(trainer)
+        self.log = ReplayLog(trainer.accelerator)
+        self.tracer: Tracer | None = None
+        self.turns = Turns()
+        self.rollout: Rollout | None = None
+        self.scoring: Scoring | None = None
+        self.evaluates = False
+        self._identities = 0  # given out so far
+        self._last_compared: int | None = None  # step
+
+    def attach(self) -> None:
+        """When the policy has been prepared for training."""
+        foreign = self.trainer.use_vllm or self._has_rollout_func
+        self.attachment.attach(judges=foreign and self.captures)
+        if self.trainer.args.routing_replay_trace_dir is not None:
+            self.tracer = Tracer(self.trainer, self.attachment.replay)
+
+    def end(self) -> None:
+        """When training is over, whatever ended it: nothing of a rollout stays."""
+        self.attachment.detach()
+        self.drop_rollout()
+        self.turns, self.tracer, self.scoring, self._last_compared = Turns(), None, None, None
+
+    def drop_rollout(self) -> None:
+        """Give back what was recorded, in memory or in files, when every update on it has been made."""
+        if self.rollout is not None:
+            self.rollout.remove_files()
+        self.rollout = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether the engine records routes: R2 needs none of the rollout."""
+        return self.routes and self.trainer.args.routing_replay_mode == "R3"
+
+    @property
+    def _has_rollout_func(self) -> bool:
+        return getattr(self.trainer, "rollout_func", None) is not None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let everything inside be TRL's: what a step does must not hang on the mode that a model was left in."""
+        before, self.evaluates = self.evaluates, True
+        try:
+            yield
+        finally:
+            self.evaluates = before
+
+    @contextmanager
+    def scores(self, scoring: Scoring | None) -> Iterator[None]:
+        """Let the passes inside be about these samples, or about none."""
+        before, self.scoring = self.scoring, scoring
+        try:
+            yield
+        finally:
+            self.scoring = before
+
+    def begin_rollout(self) -> None:
+        """Before the engine is asked for the first turn."""
+        goes_on = getattr(self.trainer, "tools", None) or self._has_rollout_func
+        self.turns = Turns(KnownRoutes() if goes_on else None)
+        if not self.evaluates:
+            self.drop_rollout()
+
+    def recorded_turn(self) -> AbstractContextManager[MakeTurn]:
+        """Record one call of the engine, whichever it is."""
+        trainer, replay = self.trainer, self.attachment.replay if self.captures else None
+        if trainer.use_vllm:
+            layout = None if replay is None else replay.layout
+            by_vllm = recorded_server if trainer.vllm_mode == "server" else recorded_llm
+            return by_vllm(trainer, layout, self.masks, self.turns.known)
+        by_model = recorded_batches if trainer.use_transformers_continuous_batching else recorded_generate
+        return by_model(trainer, replay, self.masks)
+
+    def end_rollout(self, prompt_ids: Prompts, completion_ids: Prompts, own: dict[str, Any] | None) -> None:
+        """
+        Join the turns to samples, or raise on all processes what any of them has to raise.
+
+        Args:
+            prompt_ids, completion_ids (sequence of `list[int]`):
+                What will be scored.
+            own (dict of `str`, *optional*):
+                `routed_experts` and `sampling_masks` of a `rollout_func`.
+        """
+        accelerator = self.trainer.accelerator
+        record = make_together(accelerator, lambda: self._join(prompt_ids, completion_ids, own), self.turns.error)
+        self.turns = Turns()
+        self.rollout = Rollout.of(
+            record, prompt_ids, completion_ids, first=self._identities, step=self.trainer.state.global_step
+        )
+        del record  # what is put into files does not stay in memory
+        self._identities += len(self.rollout.samples)
+        self._spill()
+        assert self.scoring is not None  # TRL generates inside of what scores
+        self.scoring.samples = self.rollout.samples
+
+    def _spill(self) -> None:
+        folder = self.trainer.args.routing_replay_spill_dir
+        if folder is not None and self.rollout is not None:
+            raise_together(self.trainer.accelerator, self.rollout.spill(folder))
+
+    def _join(self, prompt_ids: Prompts, completion_ids: Prompts, own: dict[str, Any] | None) -> RolloutRecord:
+        layout = self.attachment.replay.layout if self.captures else None
+        if own is None:
+            return stitch(self.turns.made, prompt_ids, completion_ids, layout)
+        records, masks = [torch.empty(0)] * len(prompt_ids), None
+        if layout is not None:
+            records = records_from_func(own["routed_experts"], prompt_ids, completion_ids, layout)
+        if self.masks:
+            masks = masks_from_func(own["sampling_masks"], completion_ids)
+        return RolloutRecord([len(ids) for ids in prompt_ids], records, None, masks)
+
+    def score(self, model: Any, input_ids: Tensor, logits_to_keep: int, score: Callable[[], Scores]) -> Scores:
+        """
+        Run one pass of TRL over the samples that are scored.
+
+        Args:
+            model (`torch.nn.Module`):
+                What scores: the policy, or the reference.
+            input_ids (`torch.Tensor` of shape `(B, T)`), logits_to_keep (`int`):
+                The batch, and C.
+            score (`Callable`):
+                TRL's own pass.
+
+        Returns:
+            What `score` returned.
+        """
+        scoring = self.scoring
+        assert scoring is not None  # the caller has looked
+        is_policy = scoring.is_update or not self._is_reference(model)
+        replays = self.routes and is_policy and not scoring.goes_live
+        if not replays and not self.masks:
+            return score()
+        checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep)
+        head: AbstractContextManager = nullcontext()
+        if self.masks:
+            head = restricted_head(model, MaskedBatch(scoring.samples, checked.prompt_width, checked))
+        with head:
+            if not replays:
+                result = score()
+            elif self.captures or scoring.is_update:
+                result = self._replay(scoring, checked, score)
+            else:
+                result = self._record(scoring, checked, score)
+        if is_policy and not scoring.is_update:
+            scoring.old_logprobs = result[0]
+        elif scoring.batch is not None and not scoring.has_old_policy:  # no update has happened since the rollout
+            self.log_mismatch(scoring.batch, scoring.samples, result[0].detach())
+        return result
+
+    def _replay(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scores]) -> Scores:
+        """A pass of the policy through the recorded experts."""
+        replay, alarm = self.attachment.replay, self.attachment.alarm
+        assert alarm is not None  # attached
+        at_rollout = not scoring.is_update or self._updates_first(scoring)
+        batch = ScoredBatch(scoring.samples, checked.prompt_width, replay.layout, at_rollout, checked)
+        source = batch if self.tracer is None else self.tracer.source(batch, scoring)
+        with replay.replay_from(source) as stats:
+            result = score()
+        batch.check_done()
+        if scoring.is_update:
+            self.log.add_replay(stats, batch)
+        if at_rollout:
+            scoring.verdict = alarm.look(batch.observations)
+            if scoring.verdict is not None:
+                self.log.add_verdict(scoring.verdict)
+        if at_rollout and scoring.is_update:
+            raise_together(self.trainer.accelerator, alarm.judge())
+        if self.tracer is not None:
+            self.tracer.scored(source, stats, result[0], scoring.verdict)
+        return result
+
+    def _updates_first(self, scoring: Scoring) -> bool:
+        """Whether an update is at the weights of its rollout, and its record not judged yet."""
+        assert self.rollout is not None  # an update follows a rollout
+        return not (self.captures and scoring.has_old_policy) and self.rollout.step == self.trainer.state.global_step
+
+    def _record(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scores]) -> Scores:
+        """The old-policy pass of R2, whose own selection is what its updates replay."""
+        with self.attachment.replay.record() as recorded:
+            result = score()
+        routes, samples = torch.cat(recorded.forwards).cpu(), scoring.samples
+        prompts = [sample.prompt_length for sample in samples]
+        completions = [sample.completion_length for sample in samples]
+        rows = slice_samples(routes, checked.prompt_width, prompts, completions)
+        for sample, record in zip(samples, rows, strict=True):
+            sample.record = record
+        self._spill()
+        return result
+
+    def _is_reference(self, model: Any) -> bool:
+        # with PEFT the reference is the policy's own module, so the pass tells, not the module
+        return model is self.trainer.ref_model or adapters_are_off(self.trainer.accelerator.unwrap_model(model))
+
+    def compare_is_due(self) -> bool:
+        """Whether this rollout is to be scored once more, with live routing."""
+        every, step = self.trainer.args.routing_replay_compare_every, self.trainer.state.global_step
+        due = self.routes and every > 0 and (self._last_compared is None or step - self._last_compared >= every)
+        if due:
+            self._last_compared = step
+        return due
+
+    def rollout_logprobs(self, batch: dict[str, Any], samples: list[Sample]) -> Tensor | None:
+        """(B, C) log-probabilities that the rollout sampled with, where they are over the tokens of training."""
+        if self.trainer.use_vllm and not self.masks and truncation(self.trainer):
+            return None  # vLLM normalises over the tokens that are kept, which would look like mismatch
+        return sampled_logprobs(batch, samples)
+
+    def log_mismatch(
+        self, batch: dict[str, Any], samples: list[Sample], train_logprobs: Tensor, prefix: str = "sampling"
+    ) -> None:
+        """Log rollout against training, at weights that have not changed since the rollout."""
+        rollout_logprobs = self.rollout_logprobs(batch, samples)
+        if rollout_logprobs is not None:
+            self.log.add_mismatch(train_logprobs, rollout_logprobs, counted_tokens(batch), prefix)
