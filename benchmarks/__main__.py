@@ -1,4 +1,4 @@
-"""`python -m benchmarks [gating | scale]`, from the root of a checkout."""
+"""`python -m benchmarks [gating | scale | files]`, from the root of a checkout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from trl_r3.cli.bad_input import BadInput, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments; those of the process by default.
 
     Returns:
-        `int`: Exit status: 0 if every number is within its target, 1 if one is not.
+        `int`: Exit status: 0 if every number is within its target, 1 if one is not, 2 for bad input.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What replay costs, and what it keeps.")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write the numbers to")
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gating.add_argument("--dry", action="store_true", help="few tokens and repeats: the times mean nothing")
     gating.add_argument("--device", choices=("cpu", "cuda"), default=None, help="device to measure (default: cuda)")
     parts.add_parser("scale", help="measure whether records cost the same a token from 1k to 32k tokens a sequence")
+    parts.add_parser("files", help="print the files of the package in which a training step with replay runs")
     args = parser.parse_args(argv)
     if args.part == "gating":
         from . import gating as of_the_op
@@ -36,8 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         scale.run(args.output)
         return 0
+    if args.part == "files":
+        from . import files
+
+        files.run()
+        return 0
     from . import overhead
 
+    if args.output is not None:
+        try:
+            check_writable(args.output.parent)
+        except BadInput as error:
+            print(error, file=sys.stderr)
+            return 2
     findings = overhead.main(args.output)
     return 1 if any(finding.met is False for finding in findings) else 0
 

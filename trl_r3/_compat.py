@@ -51,6 +51,34 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if device is None else torch.device(device)
 
 
+def fetches_weights(module: nn.Module) -> bool:
+    """
+    Whether weights that are not there are fetched when a module is called: by hooks (ZeRO-3), or by a forward in place
+    of its own (offloading). Goes when PyTorch has a public way to ask for hooks.
+    """
+    return bool(module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def drops_out(module: nn.Module) -> bool:
+    """Whether a module is a dropout of any dimension. Goes when PyTorch has a public base class of these."""
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+def edits(tensor: torch.Tensor) -> int:
+    """How often a tensor, or a view of its memory, was changed in place. Goes when PyTorch has a public counter."""
+    return tensor._version
+
+
+def find_causal_lm(model: nn.Module) -> Any:
+    """
+    The Transformers model in whatever wrapper, or `None`. Goes when wrappers (PEFT, Accelerate) have one public way
+    to ask.
+    """
+    from transformers import PreTrainedModel
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
 def shard_again(model: nn.Module) -> None:
     """
     Split weights that FSDP2 leaves whole after a forward without a backward: those of its root, whose readers (TRL's

@@ -128,3 +128,9 @@ def test_a_target_that_is_missed(value, status, monkeypatch):
     findings = [Finding("a time", 3.0), Finding("a share", value or 0.0, 1.0 if value else None)]
     monkeypatch.setattr(overhead, "main", lambda output: findings)
     assert command.main([]) == status
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command.main(["--output", str(tmp_path / "file" / "deeper" / "log.json")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err

@@ -342,7 +342,7 @@ class Misaligned(R3GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         own = self._r3.rollout
-        chosen = own.of_identities(inputs["rollout_samples"].tolist())
+        chosen = own.get_samples(inputs["rollout_samples"].tolist())
         others = self.instead([sample.record for sample in chosen])
         by_identity = {sample.identity: other for sample, other in zip(chosen, others, strict=True)}
         samples = [replace(each, record=by_identity.get(each.identity, each.record)) for each in own.samples]

@@ -15,6 +15,8 @@ HAS_VLLM = find_spec("vllm") is not None
 
 if HAS_VLLM:  # vLLM reads its environment when it is imported, which TRL does
     os.environ.update(cpu_engine.ENVIRONMENT)
+    # TRL tries the same few ports in every process, so two suites beside each other would meet on one
+    os.environ.setdefault("MASTER_PORT", str(cpu_engine.free_port()))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

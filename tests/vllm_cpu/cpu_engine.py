@@ -248,12 +248,17 @@ def sync_weights_by_file(client_class: type, file: Path, patch: Callable[[Any, s
     patch(client_class, "update_named_params", update_named_params)
 
 
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def serve(model_folder: Path, log: Path, *extra: str, timeout: float = 300.0) -> Iterator[str]:
     """Run `vllm serve` on a free port of this machine for the length of the block, which gets its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "256", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]

@@ -1,4 +1,4 @@
-"""What a command cannot begin with: exit status 2 and one sentence, instead of a traceback."""
+"""The error of commands for arguments that no run can begin with: `command.main` prints it and exits with status 2."""
 
 from __future__ import annotations
 

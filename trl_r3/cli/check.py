@@ -17,7 +17,7 @@ from torch import Tensor
 from ..records.metrics import changed_layers
 from ..routers.router_replay import RouterReplay
 from ..routers.self_check import UnsupportedRouterError
-from .models import LoadedModel, adapter_base, config_of, device_of, dtype_of, load_model, refuse_dense_model
+from .models import LoadedModel, adapter_base, load_config, load_model, parse_device, parse_dtype, refuse_dense_model
 from .twin import HIDDEN_SIZE, VOCABULARY, narrow_twin
 
 TOKENS = (8, 4)  # batch, length of what is scored; short, for a collapsed router may repeat itself
@@ -72,9 +72,9 @@ def weights_or_twin(name: str, dtype: str, device: str) -> LoadedModel:
             return load_model(name, dtype, device, downloads=folder.exists())
         except OSError:  # an id whose weights were not downloaded
             pass
-    twin = narrow_twin(config_of(adapter_base(name) or name), name)
+    twin = narrow_twin(load_config(adapter_base(name) or name), name)
     refuse_dense_model(twin)
-    twin = twin.to(device_of(device), dtype=None if dtype == "auto" else dtype_of(dtype))
+    twin = twin.to(parse_device(device), dtype=None if dtype == "auto" else parse_dtype(dtype))
     widths = f"hidden size {HIDDEN_SIZE}, vocabulary {VOCABULARY}, random weights"
     return LoadedModel(twin, f"a narrow twin of the config of {name} ({widths}): its weights are not on this machine")
 

@@ -62,7 +62,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = "cpu", *, do
         [`BadInput`]: If there is no such model, dtype or device, or if it is dense.
         `OSError`: If `downloads` is off and the weights are not on this machine.
     """
-    torch_dtype, place = dtype_of(dtype), None if device is None else device_of(device)
+    torch_dtype, place = parse_dtype(dtype), None if device is None else parse_device(device)
     base = adapter_base(name)
     try:
         model = _from_pretrained(base or name, torch_dtype, downloads)
@@ -84,7 +84,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = "cpu", *, do
     return LoadedModel(model, f"{origin} {name}")
 
 
-def dtype_of(name: str) -> Any:
+def parse_dtype(name: str) -> Any:
     """`"auto"`, or a torch dtype by its name."""
     found = name if name == "auto" else getattr(torch, name, None)
     if not isinstance(found, (str, torch.dtype)):
@@ -92,7 +92,7 @@ def dtype_of(name: str) -> Any:
     return found
 
 
-def device_of(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
     """A device by its name, if it is here."""
     try:
         return torch.empty(0, device=name).device
@@ -100,7 +100,7 @@ def device_of(name: str) -> torch.device:
         raise BadInput(f"`--device` is {name!r}, which is not here: {first_line(error)}.") from error
 
 
-def config_of(name: str) -> Any:
+def load_config(name: str) -> Any:
     """
     The config of a model by its id or folder.
 
@@ -157,5 +157,5 @@ def _unloadable(name: str, error: Exception) -> str:
 def _from_pretrained(name: str, dtype: Any, downloads: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    auto = AutoModelForCausalLM if is_causal_lm(config_of(name)) else AutoModelForImageTextToText
+    auto = AutoModelForCausalLM if is_causal_lm(load_config(name)) else AutoModelForImageTextToText
     return auto.from_pretrained(name, dtype=dtype, local_files_only=not downloads)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._compat import is_causal_lm
 from .bad_input import BadInput, first_line
 
 HIDDEN_SIZE, VOCABULARY = 64, 256
@@ -63,7 +64,7 @@ def narrow_twin(config: Any, name: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     text = config.get_text_config()
-    is_alone = type(text) in AutoModelForCausalLM._model_mapping
+    is_alone = is_causal_lm(text)
     auto = AutoModelForCausalLM if is_alone else AutoModelForImageTextToText
     errors = []
     for heads in (_HEADS_LEFT, None):  # as they are, where other sizes depend on their number

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .._compat import find_causal_lm
 from ..records.checks import rows_that_matter
 from ..records.record import MISSING, RoutingLayout, missing_rows, unpack
 from ..records.sources import WholeBatch
@@ -59,7 +60,7 @@ def enable_routing_replay(model: nn.Module, *, gating: str = "auto", steady_reco
     """
     replay = RouterReplay(model, gating)
     replay.steady_recompute = steady_recompute
-    lm = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    lm = find_causal_lm(model)
     if lm is None:
         replay.remove()
         raise TypeError(f"{type(model).__name__} holds no Transformers model, so it has no `generate` to enable.")

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from .._compat import is_compiled, last_processor, swapped
+from .._compat import find_causal_lm, is_compiled, last_processor, swapped
 from ..records.metrics import drawn_logprobs
 from ..records.record import slice_samples
 from ..records.sampling_mask import SamplingMask, kept_rows
@@ -149,7 +148,7 @@ def generate_with_routes(
         `ValueError`: If the way of decoding does not feed every token once, in order.
     """
     check_decoding(model, kwargs)
-    lm: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    lm = find_causal_lm(model)
     sampled = SampledTokens(lm, temperature) if temperature is not None else None
     noted = last_processor(lm, sampled.keep) if keeps and sampled is not None else nullcontext()
     try:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._compat import edits
 from .checks import MisalignedRecordError
 from .record import RoutingLayout, align, lay_out, missing_rows
 from .sampling_mask import SamplingMask
@@ -123,7 +124,7 @@ class CheckedTokens:
                 "`rollout_samples` with the other tensors of the batch."
             )
         self.samples, self.prompt_width = samples, prompt_width
-        self._input_ids, self._version = input_ids, input_ids._version
+        self._input_ids, self._version = input_ids, edits(input_ids)
         check_tokens(samples, input_ids, prompt_width)
 
     def check(self, first: int, input_ids: Tensor) -> None:
@@ -134,7 +135,7 @@ class CheckedTokens:
             input_ids.shape,
             input_ids.stride(),
         )
-        if not is_same or self._input_ids._version != self._version:
+        if not is_same or edits(self._input_ids) != self._version:
             check_tokens(self.samples[first : first + len(input_ids)], input_ids, self.prompt_width)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._compat import drops_out
 from ..gating import GatingOutput, masked_topk_gating
 from .router import Routed, Router
 
@@ -183,7 +184,7 @@ def _product(router: Router, forward: Callable, args: tuple, logits_NE: Tensor) 
 
 
 def _is_unknown(child: nn.Module) -> bool:
-    return isinstance(child, nn.modules.dropout._DropoutNd) or any(True for _ in child.parameters())
+    return drops_out(child) or any(True for _ in child.parameters())
 
 
 def _gradients(

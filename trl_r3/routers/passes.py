@@ -268,7 +268,7 @@ def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | Non
     return None
 
 
-def batch_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+def get_batch(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
     """Input ids (B, T), if the forward has them, and what it starts from: these, or embeddings (B, T, ...)."""
     embeds = kwargs.get("inputs_embeds")
     ids = kwargs.get("input_ids", args[0] if args else None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .._compat import execution_device, forget_forwards, shard_again
+from .._compat import execution_device, fetches_weights, forget_forwards, shard_again
 from .self_check import UnsupportedRouterError, evaluating
 from .top_k import TopKWatch
 
@@ -125,7 +125,7 @@ def input_device(model: nn.Module) -> torch.device | None:
     weight = next(embedding.parameters(recurse=False))
     if not weight.is_meta and weight.numel() > 0:
         return weight.device
-    if not embedding._forward_pre_hooks and "forward" not in vars(embedding):
+    if not fetches_weights(embedding):
         return None
     return execution_device(embedding) or (torch.device("cpu") if weight.is_meta else weight.device)
 

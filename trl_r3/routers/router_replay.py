@@ -28,7 +28,7 @@ from .passes import (
     ReplayingPass,
     TrainingGuard,
     attended_tokens,
-    batch_of,
+    get_batch,
 )
 from .patches import ActivePass, CurrentModules, Pass, Patch, bound_checkpoints
 
@@ -236,7 +236,7 @@ class RouterReplay:
             return self._record_stack(self._recorded, forward, args, kwargs)
         if torch.is_grad_enabled():
             if self._guard is not None:
-                self._guard.meet_live(*batch_of(args, kwargs)[1].shape[:2])
+                self._guard.meet_live(*get_batch(args, kwargs)[1].shape[:2])
             return self._live_stack(forward, args, kwargs)
         return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
 
@@ -254,7 +254,7 @@ class RouterReplay:
         return output
 
     def _record_stack(self, recorded: RecordedRoutes, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        tokens, main = batch_of(args, kwargs)
+        tokens, main = get_batch(args, kwargs)
         pass_ = RecordingPass(self.routers, self.layout)
         output = self._run(pass_, forward, args, kwargs)
         recorded.forwards.append(pass_.close().unflatten(0, main.shape[:2]))
@@ -262,7 +262,7 @@ class RouterReplay:
         return output
 
     def _replay_stack(self, source: RecordSource, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        tokens, main = batch_of(args, kwargs)
+        tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
         record_NLK = source.take(batch_size, num_tokens, tokens).flatten(0, 1)
         # on the host it costs nothing to know; on a device, knowing would wait for it

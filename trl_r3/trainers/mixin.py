@@ -276,7 +276,7 @@ class RoutingReplayMixin(_Trainer):
             )
         if r3.rollout is None:
             raise RuntimeError("an update came before any rollout, so there is no record to replay.")
-        samples = r3.rollout.of_identities(inputs["rollout_samples"].tolist())
+        samples = r3.rollout.get_samples(inputs["rollout_samples"].tolist())
         with r3.scores(Scoring(samples, inputs)):
             return super()._compute_loss(model, inputs)
 

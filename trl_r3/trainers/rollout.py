@@ -106,7 +106,7 @@ class Rollout:
         """(B,) what travels with the batch: it is shuffled, split and indexed as the other tensors are."""
         return torch.tensor([sample.identity for sample in self.samples], device=device)
 
-    def of_identities(self, identities: Sequence[int]) -> list[Sample]:
+    def get_samples(self, identities: Sequence[int]) -> list[Sample]:
         """The samples of a batch, in its order."""
         first = self.samples[0].identity if self.samples else 0
         last = first + len(self.samples) - 1

@@ -29,15 +29,14 @@ def main(name: str, as_json: bool, settings: dict[str, Any]) -> int:
             Fields of [`Job`].
 
     Returns:
-        `int`: Exit status: 0 if the job fits, 1 if it does not, 2 if there is nothing to plan.
+        `int`: Exit status: 0 if the job fits, 1 if it does not.
+
+    Raises:
+        [`PlanError`]: If there is nothing to plan.
     """
     with redirect_stdout(sys.stderr):  # libraries talk; JSON stays alone
-        try:
-            job = Job(**settings)
-            model = read_model(name, job)
-        except PlanError as error:
-            print(error, file=sys.stderr)
-            return 2
+        job = Job(**settings)
+        model = read_model(name, job)
         plan = estimate(model, job)
         changes = [] if plan.fits else remedies(model, job)
     if as_json:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from ..bad_input import BadInput
+
 GB = 1e9
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3", "lora")
 
 
-class PlanError(ValueError):
+class PlanError(BadInput):
     """What cannot be planned, in one sentence."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..._compat import is_causal_lm
 from ...records.record import RoutingLayout
 from ...routers.discovery import refuse_dense
 from ...routers.router_replay import RouterReplay
@@ -114,7 +115,7 @@ def _one_line(error: Exception) -> str:
 def _without_weights(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    causal = is_causal_lm(config)
     named = (getattr(config, "architectures", None) or [""])[0]
     auto = AutoModelForCausalLM if causal and not named.endswith("ForConditionalGeneration") else None
     with torch.device("meta"):

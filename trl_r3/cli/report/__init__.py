@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from ..bad_input import BadInput
 from .page import write
 from .pictures import pictures
 from .run_data import gather
@@ -23,14 +23,16 @@ def main(folder: Path, output: Path | None = None) -> int:
             Folder to write to; `routing_report` inside `folder` by default.
 
     Returns:
-        `int`: Exit status; 2 if there is nothing to draw, or nowhere to write.
+        `int`: Exit status.
+
+    Raises:
+        [`BadInput`]: If there is nothing to draw, or nowhere to write.
     """
     try:
         data = gather(folder)
         page = write(data, pictures(data), output or folder / "routing_report")
     except (OSError, ValueError) as error:
-        print(f"trl-r3 report: {error}", file=sys.stderr)
-        return 2
+        raise BadInput(f"trl-r3 report: {error}") from error
     for each in data.lacking:
         print(f"Not drawn: {each}")
     print(f"Written to {page.resolve()}")

@@ -19,7 +19,7 @@ from ...engines.continuous_batching import recordable_config, recorded_steps
 from ...engines.generate import generate_with_routes
 from ...engines.vllm_colocate import decode_vllm_output
 from ...engines.vllm_versions import check_vllm_version, vllm_engine_kwargs
-from ...records.record import slice_samples, unpack
+from ...records.record import lay_out, slice_samples, unpack
 from ...routers.probe import input_device
 from ...routers.router_replay import RouterReplay
 from ..bad_input import BadInput, first_line
@@ -33,19 +33,18 @@ def transformers_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -
     """By `generate()`, with the routes of its routers."""
     device = input_device(model) or torch.device("cpu")
     width = max(map(len, sampling.prompt_ids))
-    ids = torch.zeros(len(sampling.prompt_ids), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(sampling.prompt_ids):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = torch.empty(2, len(sampling.prompt_ids), width, dtype=torch.int64)
+    prompts = [torch.tensor(prompt) for prompt in sampling.prompt_ids]
+    lengths = list(map(len, prompts))
+    lay_out(prompts, lengths, width, ids, 0)
+    lay_out(list(map(torch.ones_like, prompts)), lengths, width, mask, 0)
     config = _generation_config(model, sampling)
     kwargs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "generation_config": config}
     rollout = generate_with_routes(model, replay, model.generate, (), kwargs, temperature=sampling.temperature)
     assert rollout.logprobs is not None and rollout.records is not None  # a temperature and a handle were given
-    prompts = [len(prompt) for prompt in sampling.prompt_ids]
     completions = rollout.sequences[:, width:].cpu()
     routes = slice_samples(
-        unpack(rollout.records.cpu(), replay.layout), width, prompts, [completions.shape[1]] * len(prompts)
+        unpack(rollout.records.cpu(), replay.layout), width, lengths, [completions.shape[1]] * len(prompts)
     )
     return VerifiedRollout(
         "transformers", sampling.prompt_ids, completions.tolist(), routes, list(rollout.logprobs.cpu())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..._compat import set_checkpointing
 from ...records.metrics import k3_kl
-from ...records.record import unpack
+from ...records.record import lay_out, unpack
 from ...records.samples import Observation, Sample, ScoredBatch
 from ...routers.router_replay import RouterReplay
 from ..models import LoadedModel
@@ -45,16 +45,14 @@ class Batch:
         pairs = list(zip(rollout.prompt_ids, rollout.completion_ids, strict=True))
         width = max(len(prompt) for prompt, _ in pairs)
         length = max(len(completion) for _, completion in pairs)
-        ids = torch.zeros(len(pairs), width + length, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, (prompt, completion) in enumerate(pairs):
-            first, end = width - len(prompt), width + len(completion)
-            ids[row, first:end] = torch.tensor([*prompt, *completion])
-            mask[row, first:end] = 1
         samples = [
             Sample(i, torch.tensor([*prompt, *completion]), len(prompt), record)
             for i, ((prompt, completion), record) in enumerate(zip(pairs, records, strict=True))
         ]
+        ids, mask = torch.empty(2, len(pairs), width + length, dtype=torch.int64)
+        prompts = [sample.prompt_length for sample in samples]
+        lay_out([sample.tokens for sample in samples], prompts, width, ids, 0)
+        lay_out([torch.ones_like(sample.tokens) for sample in samples], prompts, width, mask, 0)
         return cls(samples, width, ids.to(device), mask.to(device), mask[:, width:].bool())
 
     def source(self, replay: RouterReplay, observes: bool = False) -> ScoredBatch:
