@@ -25,6 +25,13 @@ def foreign_record(replay, batch: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.rand(size, generator=generator).argsort(-1)[..., : replay.top_k]
 
 
+def some_rows(count: int, generator: torch.Generator) -> Tensor:
+    """`(count, 3, 2)` of distinct ids of 100 experts a row, hardly ever the same twice."""
+    first = torch.randint(100, (count, 3, 1), generator=generator)
+    second = (first + torch.randint(1, 100, (count, 3, 1), generator=generator)) % 100
+    return torch.cat([first, second], dim=2).to(torch.uint8)
+
+
 def as_sets(ids: Tensor) -> Tensor:
     """The order of the ids of a row says nothing."""
     return ids.long().sort(-1).values
@@ -73,3 +80,8 @@ class InDouble(TorchFunctionMode):
 def kept_rows(mask) -> list[list[int]]:
     """The kept ids of a sampling mask, a list a token."""
     return [mask.ids[a:b].tolist() for a, b in zip(mask.offsets[:-1], mask.offsets[1:], strict=True)]
+
+
+def some_kept(tokens: list[int]) -> list[list[int]]:
+    """Kept ids of nobody, a list a token, among them the token."""
+    return [sorted({token, token + 1 + i, token + 7}) for i, token in enumerate(tokens)]

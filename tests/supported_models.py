@@ -1,7 +1,7 @@
 """Which model types of the installed Transformers can be replayed, found by attaching to a small model of each.
 
 `python tests/supported_models.py` writes docs/supported_models.md. What a listed type must then pass is in
-test_families.py.
+test_discovery.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEAD = """\
 
 Every mixture-of-experts model type of Transformers {version} that generates text, as found by
 `python tests/supported_models.py`. A type is supported if a small random model of it passes all of
-`tests/routers/test_families.py`: its own record replayed gives the same bits, forward and gradients; a foreign record
+`tests/routers/test_discovery.py`: its own record replayed gives the same bits, forward and gradients; a foreign record
 executes exactly its ids; `generate()` returns routes; gradients with checkpointing of both kinds equal those without.
 Attaching repeats the check of each router on the real weights. Types with images or audio were checked on text.
 

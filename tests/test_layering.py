@@ -111,6 +111,20 @@ def test_pure_tensors():
         assert tops(path) - standard <= {"torch", "numpy", "safetensors", "trl_r3"}
 
 
+def without_tests(modules: list[Path], files: set[str]) -> list[str]:
+    """Modules that no test file is named after."""
+    return names(path for path in modules if f"test_{path.stem.removeprefix('_')}.py" not in files)
+
+
+def test_each_module_has_a_test_file():
+    """Who changes a module finds by its name what holds it. What a command does is tested by commands."""
+    modules = [path for path in SOURCES if room_of(path) not in ("cli", "__init__") and path.stem != "__init__"]
+    files = {path.name for path in Path(__file__).parent.rglob("test_*.py")}
+    assert len(modules) > 45
+    assert without_tests(modules, files) == []
+    assert without_tests(modules, files - {"test_compat.py", "test_turns.py"}) == ["_compat.py", "engines/turns.py"]
+
+
 def test_no_name_stands_twice():
     """A file, or a class, that is named like another one is looked for in the wrong place."""
     stems = [path.stem for path in SOURCES if not path.stem.startswith("__")]

@@ -1,13 +1,16 @@
-"""What tests of a vLLM server share."""
+"""What tests of engines share: a vLLM server, and models that route by token."""
 
 from __future__ import annotations
 
 import pytest
 from datasets import Dataset
 from engines.tiny_chat import make_trainer
+from token_oracle import rollout, training
 from trl.generation import vllm_client, vllm_generation
 
 from trl_r3.trainers import construction
+
+__all__ = ["rollout", "training"]  # fixtures
 
 
 @pytest.fixture

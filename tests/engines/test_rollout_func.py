@@ -1,4 +1,4 @@
-"""Rollout functions bring their own routes, and the other trainers replay like the first."""
+"""Rollout functions bring their own routes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from engines.tiny_chat import VOCAB, WatchedGRPO, make_trainer
-from engines.watch import Watched, assert_nothing_missing, assert_replayed, wrong_rows
+from engines.watch import assert_nothing_missing, assert_replayed, rows_of_turns, wrong_rows
 
-from trl_r3 import R3GMPOConfig, R3GMPOTrainer, R3RLOOConfig, R3RLOOTrainer, stitch
+from trl_r3 import stitch
 
 PROMPTS = ["t30 t31 t32", "t40", "t50 t51 t52 t53", "t60 t61"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -66,15 +66,6 @@ def foreign(prompts, trainer):
         output["routed_experts"][sample] = choices.astype(np.int32)
     trainer.sent = list(zip(output["prompt_ids"], output["completion_ids"], output["routed_experts"], strict=True))
     return output
-
-
-def rows_of_turns(trainer: Watched) -> dict[int, list]:
-    return {
-        turn.step: [
-            ([*p, *c], turn.rows(i)) for i, (p, c) in enumerate(zip(turn.prompt_ids, turn.completion_ids, strict=True))
-        ]
-        for turn in trainer.turns
-    }
 
 
 def test_one_turn(tmp_path):
@@ -237,40 +228,6 @@ def test_missing_rows_are_counted(tmp_path):
     for one, log in zip(trainer.updates, logs, strict=True):
         rows = sum(len(rows) for _, rows in one.samples())
         assert log["routing_replay/missing_frac"] == pytest.approx(2 * 8 / rows)
-
-
-class WatchedGMPO(Watched, R3GMPOTrainer):
-    pass
-
-
-class WatchedRLOO(Watched, R3RLOOTrainer):
-    pass
-
-
-@pytest.mark.parametrize(
-    "trainer_class, config_class, settings",
-    [(WatchedGMPO, R3GMPOConfig, {}), (WatchedRLOO, R3RLOOConfig, {"beta": 0.0})],  # beta: RLOO would load a reference
-    ids=["gmpo", "rloo"],
-)
-def test_other_trainers(tmp_path, trainer_class, config_class, settings):
-    trainer = make(
-        tmp_path,
-        trainer_class=trainer_class,
-        config_class=config_class,
-        num_iterations=2,
-        max_steps=4,
-        learning_rate=3e-2,
-        **settings,
-    )
-    before = trainer._weights()
-    trainer.train()
-    assert any(not torch.equal(before[name], now) for name, now in trainer._weights().items())
-    assert len(trainer.updates) == 4 and len({turn.step for turn in trainer.turns}) == 2
-    assert_replayed(trainer, rows_of_turns(trainer))
-    assert_nothing_missing(trainer, steps=4)
-    last = trainer.updates[-1]
-    changed = sum(wrong_rows(rows, trainer.live_rows(tokens, last.weights)) for tokens, rows in last.samples())
-    assert changed > 20, "live routing still agrees with the record, so replay shows nothing"
 
 
 def test_the_example(tmp_path, monkeypatch):

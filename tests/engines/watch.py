@@ -167,6 +167,29 @@ def assert_replayed(
     return compared
 
 
+def rows_of_turns(trainer: Watched) -> dict[int, list]:
+    """By step of the rollout, tokens and rows of each of its samples, if it had one turn."""
+    return {
+        turn.step: [
+            ([*p, *c], turn.rows(i)) for i, (p, c) in enumerate(zip(turn.prompt_ids, turn.completion_ids, strict=True))
+        ]
+        for turn in trainer.turns
+    }
+
+
+def assert_two_rollouts_are_replayed(trainer: Watched) -> None:
+    """Train on two rollouts, each for two updates: all of them replay, where live routing has moved on."""
+    before = trainer._weights()
+    trainer.train()
+    assert any(not torch.equal(before[name], now) for name, now in trainer._weights().items())
+    assert len(trainer.updates) == 4 and len({turn.step for turn in trainer.turns}) == 2
+    assert_replayed(trainer, rows_of_turns(trainer))
+    assert_nothing_missing(trainer, steps=4)
+    last = trainer.updates[-1]
+    changed = sum(wrong_rows(rows, trainer.live_rows(tokens, last.weights)) for tokens, rows in last.samples())
+    assert changed > 20, "live routing still agrees with the record, so replay shows nothing"
+
+
 def assert_nothing_missing(trainer: Watched, steps: int) -> None:
     """Every row of every update was replayed, by the trainer's own count too."""
     logs = [log for log in trainer.state.log_history if "routing_replay/missing_frac" in log]

@@ -1,29 +1,17 @@
-"""Models, settings and watched trainers that the tests of trainers share; what is watched is in `watching.py`."""
+"""What the tests of trainers share beside `runs.py`; what is watched is in `watching.py`."""
 
 import pytest
 import torch
 from datasets import Dataset
-from trainers.watching import (
-    EOS,
-    PAD,
-    PROMPTS,
-    VOCAB,
-    Check,
-    Watching,
-    distinct_characters,
-    make_tokenizer,
-    rounded_weights,
-    scrambled_routers,
-)
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from trainers.masking import TOP_P, Noting, dense
+from trainers.runs import build, check, gap, qwen3, settings, traced, train
+from trainers.watching import EOS, PAD, VOCAB, distinct_characters, make_tokenizer
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOTrainer
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+
+__all__ = ["build", "check", "gap", "qwen3", "settings", "traced", "train"]  # fixtures
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,35 +20,6 @@ def one_thread():
     torch.set_num_threads(1)  # faster for small matrices
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def qwen3():
-    """Builds a Qwen3-MoE with a dense layer between its MoE layers."""
-
-    def build(seed=0, **settings):
-        torch.manual_seed(seed)
-        shape = {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "moe_intermediate_size": 16,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-            "mlp_only_layers": [1],
-            "norm_topk_prob": True,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.2,
-            "eos_token_id": EOS,
-            "pad_token_id": PAD,
-        }
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**shape, **settings}))
-
-    return build
 
 
 @pytest.fixture
@@ -89,11 +48,11 @@ def mixtral():
 
 
 @pytest.fixture
-def settings(tmp_path):
-    """Makes a config for a run of a second."""
+def make_masked(tmp_path):
+    """Builds a watched trainer that scores over what sampling kept."""
 
-    def make(**changes):
-        small = {
+    def build(model=None, kind=(R3GRPOConfig, R3GRPOTrainer, GRPOTrainer), saved=False, **changes):
+        settings = {
             "output_dir": str(tmp_path / "out"),
             "use_cpu": True,
             "bf16": False,
@@ -102,74 +61,29 @@ def settings(tmp_path):
             "max_completion_length": 8,
             "max_steps": 2,
             "logging_steps": 1,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
             "log_level": "error",
-            "use_routing_replay": True,
-            # ends come early now and then, and padding is never sampled
-            "generation_kwargs": {"sequence_bias": [[[EOS], 2.0]], "suppress_tokens": [PAD]},
+            "top_p": TOP_P,
+            "use_sampling_mask_replay": True,
         }
-        return R3GRPOConfig(**{**small, **changes})
-
-    return make
-
-
-@pytest.fixture
-def build(settings):
-    """Builds a watched trainer."""
-
-    def make(
-        model,
-        *,
-        trainer_class=R3GRPOTrainer,
-        reward=distinct_characters,
-        prompts=PROMPTS,
-        while_generating=None,
-        **changes,
-    ):
-        passed = (
-            "peft_config",
-            "eval_dataset",
-            "callbacks",
-            "reward_processing_classes",
-            "rollout_func",
-            "processing_class",
-        )
-        extra = {name: changes.pop(name) for name in passed if name in changes}
-        bases = (Watching,) if trainer_class is GRPOTrainer else (trainer_class, Watching)
-        body = {} if while_generating is None else {"while_generating": staticmethod(while_generating)}
-        return type("Watched" + trainer_class.__name__, bases, body)(
+        config, trainer, parent = kind
+        passed = {name: changes.pop(name) for name in ("rollout_func", "eval_dataset") if name in changes}
+        model = model or dense()
+        if saved:  # TRL loads the reference policy from there
+            model.save_pretrained(tmp_path / "model")
+            model = type(model).from_pretrained(tmp_path / "model")
+        noting = type("Noted", (Noting, parent), {})
+        return type("Watched", (trainer, noting), {})(
             model=model,
-            args=settings(**changes),
-            reward_funcs=reward,
-            train_dataset=Dataset.from_dict({"prompt": prompts * 4}),
-            **{"processing_class": make_tokenizer(), **extra},
+            args=config(**{**settings, **changes}),
+            reward_funcs=distinct_characters,
+            train_dataset=Dataset.from_dict({"prompt": ["1+2=", "abcdefg", "x", "hello you"] * 4}),
+            processing_class=make_tokenizer(),
+            **passed,
         )
 
-    return make
-
-
-@pytest.fixture
-def train(build):
-    """Builds a watched trainer and trains."""
-
-    def run(model, **kwargs):
-        trainer = build(model, **kwargs)
-        trainer.train()
-        return trainer
-
-    return run
-
-
-@pytest.fixture
-def gap():
-    """Ways in which a rollout engine differs from training: arguments for `while_generating`."""
-    return {"rounded": rounded_weights, "scrambled": scrambled_routers}
-
-
-@pytest.fixture
-def check():
-    return Check()
+    return build

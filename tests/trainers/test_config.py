@@ -1,15 +1,12 @@
-"""What the configuration accepts, and what fails at construction instead of in the middle of a run."""
-
-from types import SimpleNamespace
+"""What the configuration accepts, and what it refuses before anything is built."""
 
 import pytest
 from datasets import Dataset
 from trainers.watching import make_tokenizer
-from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
+from transformers import HfArgumentParser
 from trl import GRPOConfig
 
-from trl_r3 import R3GRPOConfig, R3GRPOTrainer, RouterReplay, UnsupportedRouterError
-from trl_r3.trainers.construction import check_shards
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer
 
 FIELDS = {
     "use_routing_replay": False,
@@ -117,58 +114,6 @@ def test_r2_is_refused_exactly_where_trl_has_no_old_policy(settings, qwen3, trai
     assert accepted == has_old_policy
 
 
-def dense():
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=96,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
-    )
-
-
-def test_the_first_fsdp_is_refused():
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
-    with pytest.raises(ValueError, match=r"`fsdp_version` is 1, routing replay needs 2.*Set `fsdp_version: 2`"):
-        check_shards(accelerator)
-    accelerator.state.fsdp_plugin.fsdp_version = 2
-    check_shards(accelerator)
-
-
-def test_dense_model_is_refused_at_construction(build):
-    with pytest.raises(UnsupportedRouterError, match="dense"):
-        build(dense())
-    build(dense(), use_routing_replay=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("torch_compile", {"torch_compile": True}),
-        ("num_beams", {"generation_kwargs": {"num_beams": 2}}),
-        ("use_cache", {"generation_kwargs": {"use_cache": False}}),
-        ("prompt_lookup_num_tokens", {"generation_kwargs": {"prompt_lookup_num_tokens": 2}}),
-        ("guidance_scale", {"generation_kwargs": {"guidance_scale": 1.5}}),
-    ],
-)
-def test_rollouts_that_cannot_be_recorded_are_refused_at_construction(qwen3, build, name, changes):
-    with pytest.raises(ValueError, match=name):
-        build(qwen3(), **changes)
-
-
-def test_model_attached_elsewhere_is_refused(qwen3, build):
-    model = qwen3()
-    replay = RouterReplay(model)
-    with pytest.raises(ValueError, match="already"):
-        build(model)
-    replay.remove()
-    build(model)
-
-
 def test_config_of_trl_means_no_replay(qwen3, tmp_path):
     trainer = R3GRPOTrainer(
         model=qwen3(),
@@ -202,3 +147,24 @@ def test_gating_reaches_the_handle(build, qwen3):
 def test_unknown_gating_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`routing_replay_gating` is 'fast'"):
         R3GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, routing_replay_gating="fast")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"routing_replay_trace_every": 0}, "`routing_replay_trace_every` is 0, but it counts steps"),
+        ({"routing_replay_trace_dir": "x", "use_routing_replay": False}, "without replay there are no records"),
+    ],
+)
+def test_bad_settings(settings, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        R3GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{"use_routing_replay": True, **settings})
+
+
+def test_a_folder_that_cannot_be_written(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    for wrong in ("", str(tmp_path / "file"), str(tmp_path / "file" / "deeper")):
+        with pytest.raises(ValueError, match=r"`routing_replay_spill_dir` is .*, which is no folder"):
+            settings(routing_replay_spill_dir=wrong)
+    assert settings(routing_replay_spill_dir=str(tmp_path / "a" / "b")).routing_replay_spill_dir
+    assert not (tmp_path / "a").exists()  # a config writes nothing

@@ -1,0 +1,120 @@
+"""What fails while a trainer is built, before an engine is, instead of in the middle of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from engines.tiny_chat import make_trainer
+from peft import PromptTuningConfig
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from trl import SFTTrainer
+from trl.experimental.distillation import DistillationTrainer
+
+from trl_r3 import RouterReplay, UnsupportedRouterError
+from trl_r3.trainers.construction import check_shards
+from trl_r3.trainers.mixin import RoutingReplayMixin
+
+
+class OfSFT(RoutingReplayMixin, SFTTrainer):
+    pass
+
+
+class OfDistillation(RoutingReplayMixin, DistillationTrainer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("trainer", "parent"),
+    [(OfSFT, "SFTTrainer has no _generate_single_turn"), (OfDistillation, "DistillationTrainer")],
+)
+def test_parent_without_the_seams_is_refused_by_name(trainer, parent):
+    with pytest.raises(TypeError, match=f"{trainer.__name__} cannot replay: its parent {parent}"):
+        trainer(model="none")
+
+
+def test_prompt_tuning_is_refused_at_construction(qwen3, build):
+    with pytest.raises(UnsupportedRouterError, match="learns a prompt"):
+        build(qwen3(), peft_config=PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+
+
+@pytest.fixture
+def dense(tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model.save_pretrained(tmp_path / "dense")
+    return str(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_dense_models_are_refused_before_an_engine_is_built(build, dense, by_name):
+    model = dense if by_name else LlamaForCausalLM.from_pretrained(dense)
+    with pytest.raises(UnsupportedRouterError, match="LlamaForCausalLM is a dense model"):
+        build(model, use_vllm=True)  # which is not installed here: that would be the next error
+
+
+def test_torch_compile_is_refused_before_an_engine_is_built(qwen3, build):
+    with pytest.raises(ValueError, match="`torch_compile=True` runs past routing replay"):
+        build(qwen3(), use_vllm=True, torch_compile=True)
+
+
+def dense_qwen3():
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=96,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
+
+
+def test_the_first_fsdp_is_refused():
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+    with pytest.raises(ValueError, match=r"`fsdp_version` is 1, routing replay needs 2.*Set `fsdp_version: 2`"):
+        check_shards(accelerator)
+    accelerator.state.fsdp_plugin.fsdp_version = 2
+    check_shards(accelerator)
+
+
+def test_dense_model_is_refused_at_construction(build):
+    with pytest.raises(UnsupportedRouterError, match="dense"):
+        build(dense_qwen3())
+    build(dense_qwen3(), use_routing_replay=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("torch_compile", {"torch_compile": True}),
+        ("num_beams", {"generation_kwargs": {"num_beams": 2}}),
+        ("use_cache", {"generation_kwargs": {"use_cache": False}}),
+        ("prompt_lookup_num_tokens", {"generation_kwargs": {"prompt_lookup_num_tokens": 2}}),
+        ("guidance_scale", {"generation_kwargs": {"guidance_scale": 1.5}}),
+    ],
+)
+def test_rollouts_that_cannot_be_recorded_are_refused_at_construction(qwen3, build, name, changes):
+    with pytest.raises(ValueError, match=name):
+        build(qwen3(), **changes)
+
+
+def test_model_attached_elsewhere_is_refused(qwen3, build):
+    model = qwen3()
+    replay = RouterReplay(model)
+    with pytest.raises(ValueError, match="already"):
+        build(model)
+    replay.remove()
+    build(model)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_without_vllm_the_install_line_is_given(tmp_path, mode):
+    with pytest.raises(ImportError, match=r"pip install 'trl\[vllm\]'"):
+        make_trainer(tmp_path, Dataset.from_dict({"prompt": ["t30"]}), use_vllm=True, vllm_mode=mode)
