@@ -5,17 +5,14 @@ DeepSpeed keeps weights of fewer than 100,000 elements whole by default, so that
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from attach_sharded import compared, replayed, router, told_ids
 from deepspeed.utils import safe_get_full_grad
 from oracles import foreign_record
+from sharded.attach_sharded import compared, replayed, router, told_ids
 from transformers import AutoModelForCausalLM
 
 from trl_r3 import RouterReplay
@@ -27,8 +24,8 @@ ZERO3 = {
 }
 
 
-def main(folder: Path, gating: str) -> None:
-    torch.set_num_threads(1)
+def run(folder: Path, name: str, options: list[str]) -> dict:
+    (gating,) = options
     deepspeed.init_distributed("gloo")
     ids = told_ids()
     single, sharded = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2))
@@ -50,12 +47,5 @@ def main(folder: Path, gating: str) -> None:
     got = replayed(engine.module, ids[own], record[own], gating, engine, engine.backward)
     gradient = safe_get_full_grad(router(sharded))
     report = compared(got, record[own], expected["logits"][own], gradient, router(single).grad)
-    (folder / f"zero3-{gating}-rank{dist.get_rank()}.json").write_text(
-        json.dumps({"elements": elements, "forgotten": forgotten, **report})
-    )
-    dist.barrier()
-    os._exit(0)  # exit handlers aborted in 1 run of 55: PyTorch 2.13 leaves threads to them
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    engine.destroy()
+    return {"elements": elements, "forgotten": forgotten, **report}

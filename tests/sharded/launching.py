@@ -1,12 +1,16 @@
-"""Start scripts in two processes, as users do."""
+"""Start scripts in two processes, as users do: one launch for all cases that share it, once in a session of tests."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,10 @@ import trl_r3
 
 ROOT = Path(trl_r3.__file__).parents[1]
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
-HERE = Path(__file__).parent
+SCRIPT = Path(__file__).with_name("run_cases.py")
 KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}  # what Accelerate makes of a config on a CPU
+TRAIN = "sharded.train_sharded"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -25,30 +31,99 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def start(command: list, folder: Path) -> subprocess.CompletedProcess:
-    """A module of Python and its arguments, in a folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
-def run(command: list, folder: Path) -> str:
-    """What it wrote to stderr; it has to succeed."""
-    done = start(command, folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stderr
-
-
-def launch(folder: Path, config: str, name: str, *options: Any, processes: int = 2) -> list[dict]:
-    """What each rank reports of a run of `train_sharded.py`."""
-    script = [HERE / "train_sharded.py", folder, "--name", name, "--batch", 8 // processes, *options]
-    run(accelerate_launch(["--config_file", CONFIGS / f"{config}.yaml"], script, processes), folder)
-    return [json.loads((folder / f"{name}-rank{rank}.json").read_text()) for rank in range(processes)]
-
-
-def accelerate_launch(settings: list, script: list, processes: int = 2) -> list:
-    """The command for [`start`]."""
+def accelerate_launch(settings: list, processes: int = 2) -> list:
+    """The module and its arguments, before a script."""
     launcher = ["accelerate.commands.accelerate_cli", "launch", *settings, "--num_processes", processes]
-    return [*launcher, "--mixed_precision", "no", "--main_process_port", 0, *script]
+    return [*launcher, "--mixed_precision", "no", "--main_process_port", 0]
+
+
+def of_config(name: str, processes: int = 2) -> list:
+    """With a config that users are given."""
+    return accelerate_launch(["--config_file", CONFIGS / f"{name}.yaml"], processes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the processes of a launch run: a module in `tests`, and its options."""
+
+    name: str
+    module: str
+    options: list
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launcher, before its script, and the cases that its processes run."""
+
+    launcher: list
+    cases: list[Case]
+    processes: int = 2
+
+    def run(self, folder: Path) -> None:
+        """Leave in a folder what each rank reports of each case, or `NAME.failed`: other cases are launched again."""
+        waiting = self.cases
+        while waiting:
+            done = self._start(folder, waiting)
+            *_, last = waiting
+            waiting = [case for case in waiting if not all(path.exists() for path in self._paths(folder, case.name))]
+            if waiting or done.returncode != 0:
+                failed, *waiting = waiting or [last]
+                (folder / f"{failed.name}.failed").write_text(done.stdout[-3000:] + done.stderr[-12000:])
+
+    def reports(self, folder: Path, name: str) -> list[dict]:
+        """What each rank reports of a case; a case that failed fails its test."""
+        failed = folder / f"{name}.failed"
+        if failed.exists():
+            pytest.fail(failed.read_text(), pytrace=False)
+        return [json.loads(path.read_text()) for path in self._paths(folder, name)]
+
+    def _paths(self, folder: Path, name: str) -> list[Path]:
+        return [folder / f"{name}-rank{rank}.json" for rank in range(self.processes)]
+
+    def _start(self, folder: Path, cases: list[Case]) -> subprocess.CompletedProcess:
+        listed = folder / f"{cases[0].name}-cases.json"
+        listed.write_text(json.dumps([[case.name, case.module, [*map(str, case.options)]] for case in cases]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        return subprocess.run(
+            [sys.executable, "-m", *map(str, self.launcher), SCRIPT, listed],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300 * (1 + len(cases)),
+        )  # fmt: skip
+
+
+class Results:
+    """Reports of cases by their names, of launches that are made when the first of their cases is asked for."""
+
+    def __init__(self, folder: Path, launches: dict[str, Launch]) -> None:
+        self.folder, self.launches = folder, launches
+
+    def __call__(self, name: str) -> list[dict]:
+        """What each rank reports."""
+        (key,) = [key for key, launch in self.launches.items() if name in {case.name for case in launch.cases}]
+        with once(self.folder / f"{key}.launched") as first:
+            if first:
+                self.launches[key].run(self.folder)
+        return self.launches[key].reports(self.folder, name)
+
+
+def launch(folder: Path, config: str, name: str, *options: Any) -> list[dict]:
+    """What each rank reports of one training that has a launch of its own."""
+    alone = Launch(of_config(config), [Case(name, TRAIN, [*options])])
+    alone.run(folder)
+    return alone.reports(folder, name)
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that all workers of pytest-xdist see, each of which has a temporary folder in that of the session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def once(done: Path) -> Iterator[bool]:
+    """Whether the block has to do what makes `done`: the first worker does, others wait for it."""
+    with done.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+        done.touch()

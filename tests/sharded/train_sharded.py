@@ -1,4 +1,4 @@
-"""A training script as users write it, for `accelerate launch`, whose updates are watched from outside.
+"""A training as users write it, for `accelerate launch`, whose updates are watched from outside.
 
 Prompts, completions and routes are told by arithmetic, so that any number of processes makes the same global batch;
 the routes are nobody's, so that live routing cannot pass for replay. With `--rollouts mock` a server answers by the
@@ -10,17 +10,13 @@ Legend: B batch, T tokens of a padded sequence, N = B * T, L MoE layers, K exper
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "vllm_cpu"))
-
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from engines.fake_vllm import completion_of, routes_of
@@ -35,6 +31,7 @@ from trl_r3.trainers import construction
 
 MOE_LAYERS = [0, 2, 3]
 GENERATIONS = 2
+Put = Callable[[Any, str, Any], None]  # sets an attribute until the training is over
 ROLLOUTS = ["told", "mock", "own", "batching", "colocate", "server"]
 
 
@@ -115,11 +112,8 @@ class Watched(R3GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
 
-def parse() -> argparse.Namespace:
+def parse(options: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--rollouts", choices=ROLLOUTS, default="told")
     parser.add_argument("--url", help="Of the server, mock or not.")
@@ -133,10 +127,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--fails-on", type=int, help="Rank whose check of a router fails.")
     parser.add_argument("--dense", action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(options)
 
 
-def without_nccl() -> list[dict[str, list[int]]]:
+def without_nccl(put: Put) -> list[dict[str, list[int]]]:
     """Let TRL gather weights and send them to nobody: the way needs GPUs. Names and shapes of each synchronisation."""
     sent = []
 
@@ -144,19 +138,19 @@ def without_nccl() -> list[dict[str, list[int]]]:
         sent.append({name: list(param.shape) for name, param in params})
 
     for module in (vllm_client, vllm_generation, construction):
-        module.is_vllm_available = lambda *args, **kwargs: True
+        put(module, "is_vllm_available", lambda *args, **kwargs: True)
     for name in ("init_communicator", "close_communicator"):
-        setattr(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)
-    vllm_client.VLLMClient.update_named_params = update
+        put(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)
+    put(vllm_client.VLLMClient, "update_named_params", update)
     return sent
 
 
-def on_a_cpu(folder: Path) -> None:
+def on_a_cpu(folder: Path, put: Put) -> None:
     """Let TRL colocate engines of a CPU, and hand weights to a server in a file."""
     import cpu_engine  # of the tests with a real vLLM
 
-    vllm_generation.LLM = cpu_engine.cpu_llm
-    cpu_engine.sync_weights_by_file(vllm_client.VLLMClient, folder / "weights.safetensors", setattr)
+    put(vllm_generation, "LLM", cpu_engine.cpu_llm)
+    cpu_engine.sync_weights_by_file(vllm_client.VLLMClient, folder / "weights.safetensors", put)
 
 
 def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +167,7 @@ def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": options.url, **told}
 
 
-def fail_on(rank: int) -> None:
+def fail_on(rank: int, put: Put) -> None:
     """Let the check of the last router fail on one process, as weights that broke while they were loaded would."""
     check_router = discovery.check_router
 
@@ -182,15 +176,15 @@ def fail_on(rank: int) -> None:
             raise UnsupportedRouterError("the check failed here")
         return check_router(router, *args, **kwargs)
 
-    discovery.check_router = check
+    put(discovery, "check_router", check)
 
 
-def make_trainer(options: argparse.Namespace) -> Watched:
+def make_trainer(folder: Path, name: str, options: argparse.Namespace) -> Watched:
     own = options.rollouts not in ("told", "mock")
     return Watched(
-        model=str(options.folder / ("dense" if options.dense else "model")),
+        model=str(folder / ("dense" if options.dense else "model")),
         args=R3GRPOConfig(
-            str(options.folder / options.name),
+            str(folder / name),
             use_routing_replay=True,
             use_sampling_mask_replay=options.masks,
             top_p=0.8 if options.masks else 1.0,
@@ -205,7 +199,7 @@ def make_trainer(options: argparse.Namespace) -> Watched:
             model_init_kwargs={"dtype": "float32"},
             gradient_checkpointing=options.checkpointing != "none",
             gradient_checkpointing_kwargs={"use_reentrant": options.checkpointing == "reentrant"},
-            per_device_train_batch_size=options.batch,
+            per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)),
             gradient_accumulation_steps=1,
             steps_per_generation=1,
             num_generations=GENERATIONS,
@@ -231,26 +225,21 @@ def make_trainer(options: argparse.Namespace) -> Watched:
     )
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def train(folder: Path, name: str, options: argparse.Namespace, put: Put) -> dict[str, Any]:
     if options.fails_on is not None:
-        fail_on(options.fails_on)
-    sent = without_nccl() if options.rollouts == "mock" else []
+        fail_on(options.fails_on, put)
+    sent = without_nccl(put) if options.rollouts == "mock" else []
     if options.rollouts in ("colocate", "server"):
-        on_a_cpu(options.folder)
+        on_a_cpu(folder, put)
     try:
-        trainer = make_trainer(options)
+        trainer = make_trainer(folder, name, options)
         trainer.train(resume_from_checkpoint=None if options.resume is None else str(options.resume))
         if options.twice:
             trainer.train()
     except UnsupportedRouterError as error:
-        told = options.folder / f"{options.name}-rank{PartialState().process_index}.txt"
-        told.write_text(str(error))
-        PartialState().wait_for_everyone()
-        os._exit(0)
-    rank = trainer.accelerator.process_index
+        return {"refused": str(error)}
+    trainer.save_model(str(folder / name / "trained"))
+    trainer.accelerator.wait_for_everyone()
     report = {
         "processes": trainer.accelerator.num_processes,
         "kind": trainer.accelerator.distributed_type.value,
@@ -260,11 +249,11 @@ def main() -> None:
         "sent": sent,
         "log": [log for log in trainer.state.log_history if "loss" in log],
     }
-    (options.folder / f"{options.name}-rank{rank}.json").write_text(json.dumps(report))
-    trainer.save_model(str(options.folder / options.name / "trained"))
-    trainer.accelerator.wait_for_everyone()  # or one process may find the other gone while it saves
-    os._exit(0)  # exit handlers aborted in 1 run of 55: PyTorch 2.13 leaves threads to them
+    trainer.accelerator.free_memory()  # an engine of DeepSpeed ends when it is told to
+    return report
 
 
-if __name__ == "__main__":
-    main()
+def run(folder: Path, name: str, options: list[str]) -> dict[str, Any]:
+    """What a rank reports of a training that ends, or what refused it."""
+    with pytest.MonkeyPatch.context() as patch:
+        return train(folder, name, parse(options), patch.setattr)
