@@ -27,6 +27,7 @@ ANY_RUN = {
     "disable_tqdm": True,
 }
 ANY_ROLLOUT = {"num_generations": 2, "max_completion_length": 8}
+BATCHING = {"transformers_continuous_batching_config": {"num_blocks": 64}}  # by default half of the machine's memory
 LEFT_OUT = re.compile(r"use_vllm|vllm_\w+|steps_per_generation|generation_batch_size|num_train_epochs")
 
 # Imported for real, then replaced: the first two need a network, the last one a package that reads mathematics.
@@ -44,9 +45,12 @@ class _Small(ast.NodeTransformer):
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if CONFIGS.fullmatch(name):
             rollout = ANY_ROLLOUT if re.search("GRPO|GMPO|RLOO", name) else {}
-            forced = ANY_RUN | rollout
+            batches = any(each.arg == "use_transformers_continuous_batching" for each in node.keywords)
+            forced = ANY_RUN | rollout | (BATCHING if batches else {})
             kept = [each for each in node.keywords if not (each.arg in forced or LEFT_OUT.fullmatch(each.arg or ""))]
-            node.keywords = kept + [ast.keyword(key, ast.Constant(value)) for key, value in forced.items()]
+            node.keywords = kept + [
+                ast.keyword(key, ast.parse(repr(value), mode="eval").body) for key, value in forced.items()
+            ]
         return node
 
     def visit_ImportFrom(self, node):
