@@ -85,11 +85,16 @@ def wrong_records(record: Tensor) -> dict[str, Tensor]:
     last_layer, last_constant = record.clone(), record.clone()
     last_layer[:, :, -1] = record.roll(1, 0)[:, :, -1]
     last_constant[:, :, -1] = record[0, 0, -1]
+    first_late, last_early = record.clone(), record.clone()
+    first_late[:, :, 0] = record.roll(1, 1)[:, :, 0]
+    last_early[:, :, -1] = record.roll(-1, 1)[:, :, -1]
     exchanged = record.clone()
     exchanged[:, :, -1] = record[:, :, 0]
     return {
         "one token late": record.roll(1, 1),
         "one token early": record.roll(-1, 1),
+        "first layer one token late": first_late,
+        "last layer one token early": last_early,
         "layers rotated": record.roll(1, 2),
         "first layer in the last": exchanged,
         "other samples": record.roll(1, 0),
