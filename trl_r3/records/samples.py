@@ -87,8 +87,11 @@ class Sample:
         return rows.shape[0], int(np.count_nonzero(rows[:, 0, 0] == layout.missing))
 
     def observed_rows(self, layout: RoutingLayout) -> Tensor:
-        """Rows to look at, spread evenly over those whose neighbours are recorded, too."""
-        whole = ~missing_rows(self.record, layout)
+        """
+        Rows to look at, spread evenly over those that the loss depends on and whose neighbours are recorded, too. Of
+        the others training may see less than the rollout: TRL masks completions that were cut.
+        """
+        whole = ~missing_rows(self.record[: self.rows_that_matter], layout)
         inner = (whole[:-2] & whole[1:-1] & whole[2:]).nonzero()[:, 0] + 1
         count = max(_OBSERVED_ROWS, -(-_OBSERVED_PAIRS // len(layout.moe_layers)))
         if len(inner) <= count:

@@ -1,6 +1,6 @@
 """How often each expert is selected, live and in the record, while a batch that is traced is scored.
 
-Legend: B batch, T tokens, M rows with a record, L MoE layers, E experts, K experts per token.
+Legend: B batch, T tokens, M rows that are counted, L MoE layers, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..records.samples import ScoredBatch
 @dataclass
 class CountedBatch:
     """
-    The records of a batch, as [`ScoredBatch`] hands them out, with a count of what is selected.
+    The records of a batch, as [`ScoredBatch`] hands them out, with a count of what the rows that matter select.
 
     Args:
         batch ([`ScoredBatch`]):
@@ -36,10 +36,15 @@ class CountedBatch:
 
     def take(self, batch_size: int, num_tokens: int, tokens: Tensor | None = None) -> Tensor:
         """Packed ids of shape `(B, T, L, K)` of the next `batch_size` samples."""
+        samples = self.batch.samples[self.batch.scored : self.batch.scored + batch_size]
         record = self.batch.take(batch_size, num_tokens, tokens)
         self.sizes.append((batch_size, num_tokens))
         rows_NLK = record.flatten(0, 1)
-        whole = (~missing_rows(rows_NLK, self.batch.layout)).nonzero()[:, 0]
+        whole_BT = ~missing_rows(record, self.batch.layout)
+        for whole_T, sample in zip(whole_BT, samples, strict=True):
+            if sample.rows_that_matter is not None:
+                whole_T[self.batch.prompt_width - sample.prompt_length + sample.rows_that_matter :] = False
+        whole = whole_BT.flatten().nonzero()[:, 0]
         self.observed = whole if len(whole) else None
         self.recorded_LE += expert_load(rows_NLK[whole], self.batch.layout.num_experts)
         return record

@@ -21,8 +21,9 @@ from ..engines.turns import Turn
 from ..records.samples import Sample
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
-from .construction import check_parent, check_setup, check_shards, config_from, recording_engine
+from .construction import check_parent, check_setup, check_shards, config_from, recording_engine, warn_if_off
 from .log import counted_tokens, raise_together, warn_if_worse, warn_of_truncation
+from .rollout import note_rows_that_matter
 from .session import ReplaySession, Scoring
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class RoutingReplayMixin(_Trainer):
         if not masks:
             warn_of_truncation(self)
         if not routes and not masks:
+            warn_if_off(type(self), config)
             return
         if self.continuous_batching_config is not None:
             recordable_config(self.continuous_batching_config)
@@ -219,7 +221,7 @@ class RoutingReplayMixin(_Trainer):
         rollout = r3.rollout
         assert rollout is not None  # `_generate` has run
         output["rollout_samples"] = rollout.identities(output["completion_ids"].device)
-        rollout.count_rows_that_matter(counted_tokens(output))
+        note_rows_that_matter(rollout.samples, counted_tokens(output))
         self._check_rollout()
         if scoring.old_logprobs is not None:
             r3.log_mismatch(output, rollout.samples, scoring.old_logprobs)
@@ -288,4 +290,4 @@ class RoutingReplayMixin(_Trainer):
 
         if self._r3 is None or self._r3.scoring is None:
             return score()
-        return self._r3.score(model, input_ids, logits_to_keep, score)
+        return self._r3.score(model, input_ids, attention_mask, logits_to_keep, score)

@@ -118,13 +118,6 @@ class Rollout:
             )
         return [self.samples[identity - first] for identity in identities]
 
-    def count_rows_that_matter(self, mask_BC: Tensor) -> None:
-        """Note how many rows of each sample the loss depends on, given the completion tokens that it counts."""
-        counts = rows_that_matter(mask_BC.bool().cpu()).sum(1).tolist()
-        for sample, count in zip(self.samples, counts, strict=True):
-            # the row before a token predicts it
-            sample.rows_that_matter = sample.prompt_length - 1 + count if count else 0
-
     def refuse_missing(self, layout: RoutingLayout, allowed: float) -> RuntimeError | None:
         """What is to be raised if more of the rows that matter lack a record than are allowed to."""
         counts = [sample.count_rows(layout) for sample in self.samples]
@@ -138,3 +131,11 @@ class Rollout:
             f"loss depends on, but `routing_replay_max_missing` allows {allowed:.2%}. Fix the rollout, or set "
             "`routing_replay_max_missing` to let these rows route live."
         )
+
+
+def note_rows_that_matter(samples: Sequence[Sample], mask_BC: Tensor) -> None:
+    """Note how many rows of each sample the loss depends on, given the completion tokens that it counts."""
+    counts = rows_that_matter(mask_BC.bool().cpu()).sum(1).tolist()
+    for sample, count in zip(samples, counts, strict=True):
+        # the row before a token predicts it
+        sample.rows_that_matter = sample.prompt_length - 1 + count if count else 0

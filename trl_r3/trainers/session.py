@@ -28,7 +28,7 @@ from ..records.record import slice_samples
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from .attaching import Attachment, ReplayingTrainer
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
-from .rollout import Rollout, Turns
+from .rollout import Rollout, Turns, note_rows_that_matter
 from .tracer import Tracer
 
 Scores = tuple[Tensor, Tensor | None]  # (B, C) log-probabilities and entropies
@@ -188,14 +188,21 @@ class ReplaySession:
             masks = masks_from_func(own["sampling_masks"], completion_ids)
         return RolloutRecord([len(ids) for ids in prompt_ids], records, None, masks)
 
-    def score(self, model: Any, input_ids: Tensor, logits_to_keep: int, score: Callable[[], Scores]) -> Scores:
+    def score(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        score: Callable[[], Scores],
+    ) -> Scores:
         """
         Run one pass of TRL over the samples that are scored.
 
         Args:
             model (`torch.nn.Module`):
                 What scores: the policy, or the reference.
-            input_ids (`torch.Tensor` of shape `(B, T)`), logits_to_keep (`int`):
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, T)`), logits_to_keep (`int`):
                 The batch, and C.
             score (`Callable`):
                 TRL's own pass.
@@ -210,6 +217,8 @@ class ReplaySession:
         if not replays and not self.masks:
             return score()
         checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep)
+        if not scoring.is_update and not scoring.goes_live:  # the loss is not known yet, what TRL cuts out is
+            note_rows_that_matter(scoring.samples, attention_mask[:, checked.prompt_width :])
         head: AbstractContextManager = nullcontext()
         if self.masks:
             head = restricted_head(model, MaskedBatch(scoring.samples, checked.prompt_width, checked))

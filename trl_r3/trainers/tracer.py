@@ -159,7 +159,8 @@ class Tracer:
             (min(size, len(samples) - first), prompt_width, width) for first in range(0, len(samples), size)
         ]
         for sample in samples:
-            rows = sample.record[~missing_rows(sample.record, layout)]
+            rows = sample.record[: sample.rows_that_matter]
+            rows = rows[~missing_rows(rows, layout)]
             pending.load_recorded += expert_load(rows, layout.num_experts)
             pending.compared_rows += len(rows)
         pending.load_live += pending.load_recorded
