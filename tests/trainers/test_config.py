@@ -1,12 +1,13 @@
 """What the configuration accepts, and what it refuses before anything is built."""
 
-import pytest
-from datasets import Dataset
-from trainers.watching import make_tokenizer
-from transformers import HfArgumentParser
-from trl import GRPOConfig
+import re
 
-from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+import numpy as np
+import pytest
+from transformers import HfArgumentParser
+from trl import GRPOConfig, TrlParser
+
+from trl_r3 import R3GRPOConfig
 
 FIELDS = {
     "use_routing_replay": False,
@@ -67,6 +68,47 @@ def test_bad_values_are_named(settings, field, value):
     assert "Set " in str(raised.value)
 
 
+OF_ANOTHER_TYPE = {
+    "use_routing_replay": (None, "false", "true", 1, 0),
+    "routing_replay_mode": (None, 3, ["R3"]),
+    "routing_replay_max_missing": (None, "0.1", True),
+    "routing_replay_compare_every": (None, "3", True, 1.5),
+    "routing_replay_gating": (None, True),
+    "routing_replay_alarm": (None, True, "on"),
+    "routing_replay_trace_dir": (3, False),
+    "routing_replay_trace_every": (None, "2", False),
+    "use_sampling_mask_replay": (None, "false", 1),
+    "routing_replay_spill_dir": (3, True),
+}
+
+
+def test_values_of_another_type_are_named(settings):
+    assert set(OF_ANOTHER_TYPE) == set(FIELDS)
+    for name, values in OF_ANOTHER_TYPE.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^`{name}` is {re.escape(repr(value))}, expected .*leave it out"):
+                settings(**{name: value})
+
+
+def test_paths_and_numbers_of_numpy_are_taken(settings, tmp_path):
+    config = settings(
+        routing_replay_trace_dir=tmp_path / "traces",
+        routing_replay_spill_dir=tmp_path,
+        routing_replay_compare_every=np.int64(2),
+        routing_replay_max_missing=np.float32(0.5),
+    )
+    assert config.routing_replay_trace_dir == str(tmp_path / "traces")
+    assert config.routing_replay_spill_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("written", ["error", "warn", "off", "'off'"])
+def test_the_alarm_is_read_from_yaml_as_it_is_written(written, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"output_dir: out\nuse_cpu: true\nbf16: false\nrouting_replay_alarm: {written}\n")
+    (config,) = TrlParser(R3GRPOConfig).parse_args_and_config(["--config", str(file)])
+    assert config.routing_replay_alarm == written.strip("'")  # `off` is a boolean in YAML
+
+
 ALIGNED = [
     {},
     {"gradient_accumulation_steps": 2},
@@ -112,18 +154,6 @@ def test_r2_is_refused_exactly_where_trl_has_no_old_policy(settings, qwen3, trai
     except ValueError:
         accepted = False
     assert accepted == has_old_policy
-
-
-def test_config_of_trl_means_no_replay(qwen3, tmp_path):
-    trainer = R3GRPOTrainer(
-        model=qwen3(),
-        args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, num_generations=2),
-        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
-        train_dataset=Dataset.from_dict({"prompt": ["ab"] * 8}),
-        processing_class=make_tokenizer(),
-    )
-    with pytest.raises(RuntimeError, match="train"):
-        _ = trainer.routing_replay
 
 
 def test_model_card_names_r3_and_cites_its_paper(build, qwen3, tmp_path):

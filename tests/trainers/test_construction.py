@@ -9,11 +9,12 @@ import pytest
 from datasets import Dataset
 from engines.tiny_chat import make_trainer
 from peft import PromptTuningConfig
+from trainers.watching import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from trl import SFTTrainer
+from trl import GRPOConfig, SFTTrainer
 from trl.experimental.distillation import DistillationTrainer
 
-from trl_r3 import RouterReplay, UnsupportedRouterError
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer, RouterReplay, UnsupportedRouterError
 from trl_r3.trainers.construction import check_shards
 from trl_r3.trainers.mixin import RoutingReplayMixin
 
@@ -118,3 +119,38 @@ def test_model_attached_elsewhere_is_refused(qwen3, build):
 def test_without_vllm_the_install_line_is_given(tmp_path, mode):
     with pytest.raises(ImportError, match=r"pip install 'trl\[vllm\]'"):
         make_trainer(tmp_path, Dataset.from_dict({"prompt": ["t30"]}), use_vllm=True, vllm_mode=mode)
+
+
+def trainer_with(config, model):
+    return R3GRPOTrainer(
+        model=model,
+        args=config,
+        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
+        train_dataset=Dataset.from_dict({"prompt": ["ab"] * 8}),
+        processing_class=make_tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, R3GRPOConfig])
+def test_a_trainer_without_the_switch_says_so_once(qwen3, tmp_path, config):
+    given = config(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, num_generations=2)
+    says = f"R3GRPOTrainer was given a {config.__name__} without `use_routing_replay=True`, so nothing is replayed"
+    with pytest.warns(RuntimeWarning, match=says) as caught:
+        trainer = trainer_with(given, qwen3())
+    assert sum("use_routing_replay" in str(each.message) for each in caught) == 1
+    assert next(each for each in caught if "use_routing_replay" in str(each.message)).filename == __file__
+    with pytest.raises(RuntimeError, match="use_routing_replay"):
+        _ = trainer.routing_replay
+
+
+@pytest.mark.parametrize("switch", ["use_routing_replay", "use_sampling_mask_replay"])
+def test_a_trainer_with_a_switch_says_nothing(qwen3, settings, switch, recwarn):
+    trainer_with(settings(**{"use_routing_replay": False, switch: True}), qwen3())
+    assert not [each for each in recwarn if "use_routing_replay" in str(each.message)]
+
+
+def test_a_value_that_was_changed_later_is_named(qwen3, settings):
+    config = settings()
+    config.use_routing_replay = "false"
+    with pytest.raises(ValueError, match="`use_routing_replay` is 'false'"):
+        trainer_with(config, qwen3())

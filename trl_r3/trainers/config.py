@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 from ..routers.router_replay import GATINGS
 
 MODES = ("R3", "R2")
 ALARMS = ("error", "warn", "off")
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # what a field may be, and how that is called
+    bool: ((bool,), "True or False"),
+    int: ((Integral,), "a whole number"),
+    float: ((Real,), "a number"),
+    str | None: ((str, NoneType), "a folder or None"),
+}
 
 
 @dataclass
@@ -141,29 +150,13 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
     Raises:
         `ValueError`: Naming the field, its value and what to set instead.
     """
-    if args.routing_replay_mode not in MODES:
-        raise ValueError(
-            f"`routing_replay_mode` is {args.routing_replay_mode!r}, expected one of {MODES}. Set "
-            f"`routing_replay_mode='R3'` to replay the rollout."
-        )
-    if args.routing_replay_gating not in GATINGS:
-        raise ValueError(
-            f"`routing_replay_gating` is {args.routing_replay_gating!r}, expected one of {GATINGS}. Set "
-            f"`routing_replay_gating='auto'`."
-        )
-    if args.routing_replay_alarm not in ALARMS:
-        raise ValueError(
-            f"`routing_replay_alarm` is {args.routing_replay_alarm!r}, expected one of {ALARMS}. Set "
-            f"`routing_replay_alarm='error'`."
-        )
+    check_types(args)
     if not 0.0 <= args.routing_replay_max_missing <= 1.0:
         raise ValueError(
             f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "
             "Set `routing_replay_max_missing=0.0` to allow no missing row."
         )
-    if args.routing_replay_compare_every < 0 or args.routing_replay_compare_every != int(
-        args.routing_replay_compare_every
-    ):
+    if args.routing_replay_compare_every < 0:
         raise ValueError(
             f"`routing_replay_compare_every` is {args.routing_replay_compare_every}, but it counts steps. Set "
             f"`routing_replay_compare_every=0` to never compare."
@@ -179,11 +172,43 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
         )
 
 
+def check_types(args: Any) -> None:
+    """
+    Refuse values of another type: settings of files and sweeps come as None or as text, and `"false"` would be true.
+
+    `off` without quotes is a boolean in YAML, so `routing_replay_alarm` takes it. Paths become text.
+
+    Args:
+        args ([`RoutingReplayConfigMixin`]):
+            The config.
+
+    Raises:
+        `ValueError`: Naming the field, its value and what to set instead.
+    """
+    if args.routing_replay_alarm is False:
+        args.routing_replay_alarm = "off"
+    hints = get_type_hints(RoutingReplayConfigMixin)
+    for each in fields(RoutingReplayConfigMixin):
+        value, kind = getattr(args, each.name), hints[each.name]
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+            setattr(args, each.name, value)
+        if "choices" in each.metadata:
+            is_right, expected = value in each.metadata["choices"], f"one of {tuple(each.metadata['choices'])}"
+        else:
+            accepted, expected = _KINDS[kind]
+            is_right = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+        if not is_right:
+            raise ValueError(
+                f"`{each.name}` is {value!r}, expected {expected}. Set it so, or leave it out for the default, "
+                f"{each.default!r}."
+            )
+
+
 def _check_folders(args: Any) -> None:
-    every = args.routing_replay_trace_every
-    if every < 1 or every != int(every):
+    if args.routing_replay_trace_every < 1:
         raise ValueError(
-            f"`routing_replay_trace_every` is {every}, but it counts steps, from 1 on. Set "
+            f"`routing_replay_trace_every` is {args.routing_replay_trace_every}, but it counts steps, from 1 on. Set "
             "`routing_replay_trace_dir=None` to write no traces."
         )
     if args.routing_replay_trace_dir is not None and not args.use_routing_replay:

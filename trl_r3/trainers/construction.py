@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from ..engines.vllm_colocate import recording_llm
 from ..engines.vllm_masks import check_mask_settings
 from ..engines.vllm_server import recording_client
 from ..routers.discovery import refuse_dense
-from .config import RoutingReplayConfigMixin
+from .config import RoutingReplayConfigMixin, check_types
 
 _NEEDED = (
     "_generate_single_turn",
@@ -91,6 +92,8 @@ def check_setup(config: Any, model: Any, routes: bool, masks: bool) -> None:
     Raises:
         `ValueError`: Naming what cannot work and what to set instead.
     """
+    if isinstance(config, RoutingReplayConfigMixin):
+        check_types(config)  # fields can be set after the config was made
     if (routes or masks) and config.torch_compile:
         what, switch = "sampling masks", "use_sampling_mask_replay"
         if routes:
@@ -106,6 +109,26 @@ def check_setup(config: Any, model: Any, routes: bool, masks: bool) -> None:
         model = _without_weights(model, config)
     if isinstance(model, nn.Module):
         refuse_dense(model)
+
+
+def warn_if_off(trainer: type, config: Any) -> None:
+    """
+    Say once, at construction, that a trainer of this package was asked for no replay.
+
+    Args:
+        trainer (`type`):
+            Its class.
+        config ([`~trl.GRPOConfig`], *optional*):
+            Its config.
+    """
+    given = "no config" if config is None else f"a {type(config).__name__} without `use_routing_replay=True`"
+    warnings.warn(
+        f"{trainer.__name__} was given {given}, so nothing is replayed: it trains as its parent in TRL does. Set "
+        "`use_routing_replay=True` on the config that goes with it (R3GRPOConfig with R3GRPOTrainer), or use the "
+        "parent to train without replay on purpose.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @contextmanager

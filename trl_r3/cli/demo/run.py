@@ -7,6 +7,7 @@ import random
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -179,15 +180,18 @@ def _trainer(
     measure_every: int,
     clock: _Clock,
 ) -> LowPrecisionRolloutTrainer:
-    trainer = LowPrecisionRolloutTrainer(
-        model=model,
-        args=args,
-        reward_funcs=exact_answer,
-        train_dataset=Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in train]),
-        processing_class=tokenizer,
-        callbacks=[clock],
-        measure_every=measure_every,
-    )
+    dataset = Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in train])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*so nothing is replayed", RuntimeWarning)  # one of the runs is to be so
+        trainer = LowPrecisionRolloutTrainer(
+            model=model,
+            args=args,
+            reward_funcs=exact_answer,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[clock],
+            measure_every=measure_every,
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
