@@ -196,6 +196,10 @@ SEAMS = [
         for name in (*_NEEDED, "train")
     ),
     *(
+        Seam("trainers/checkpoints.py", f"Trainer.{name}", lambda n=name: hasattr(transformers.Trainer, n))
+        for name in ("_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load")
+    ),
+    *(
         seam
         for trainer in TRAINERS
         for seam in (

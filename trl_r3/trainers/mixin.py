@@ -1,7 +1,4 @@
-"""What replay adds to TRL's trainers of the GRPO family: a delta. What is not overridden here is left to TRL.
-
-Legend: B batch, C completion tokens.
-"""
+"""What replay adds to TRL's trainers of the GRPO family: a delta. What is not overridden here is left to TRL."""
 
 from __future__ import annotations
 
@@ -10,10 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
-
 from .._compat import extra_fields
 from ..engines.continuous_batching import recordable_config
 from ..engines.generate import check_decoding
@@ -21,8 +14,10 @@ from ..engines.turns import Turn
 from ..records.samples import Sample
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
+from .checkpoints import whole_checkpoint
 from .construction import check_parent, check_setup, check_shards, config_from, recording_engine, warn_if_off
-from .log import counted_tokens, raise_together, warn_if_worse, warn_of_truncation
+from .live_comparison import compare_with_live
+from .log import counted_tokens, raise_together, warn_of_truncation
 from .rollout import note_rows_that_matter
 from .session import ReplaySession, Scoring
 
@@ -149,6 +144,16 @@ class RoutingReplayMixin(_Trainer):
             if self._r3 is not None:
                 self._r3.end()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        """Of Transformers, which restores no experts of a full fine-tune."""
+        with whole_checkpoint(self, resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self):
+        """Of Transformers, likewise."""
+        with whole_checkpoint(self, self.state.best_model_checkpoint or ""):
+            return super()._load_best_model()
+
     def _prepare_for_training(self, *args, **kwargs):
         """Of Transformers, when weights are sharded and kernels replaced: here the routers are as they will train."""
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -225,7 +230,7 @@ class RoutingReplayMixin(_Trainer):
         self._check_rollout()
         if scoring.old_logprobs is not None:
             r3.log_mismatch(output, rollout.samples, scoring.old_logprobs)
-        live = self._compare_with_live(output, scoring.old_logprobs) if r3.compare_is_due() else None
+        live = compare_with_live(self, r3, output, scoring.old_logprobs) if r3.compare_is_due() else None
         if r3.tracer is not None:
             r3.tracer.rolled_out(rollout.samples, output, r3.rollout_logprobs(output, rollout.samples), scoring, live)
         return output
@@ -242,30 +247,6 @@ class RoutingReplayMixin(_Trainer):
         if error is None and r3.attachment.alarm is not None:
             error = r3.attachment.alarm.judge()
         raise_together(self.accelerator, error)
-
-    def _compare_with_live(self, output: dict[str, Any], old_logprobs: Tensor | None) -> Tensor:
-        """(B, C) log-probabilities of a rollout once more, with live routing, which are logged."""
-        r3 = self._r3
-        assert r3 is not None and r3.rollout is not None  # there is something to compare
-        input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            r3.scores(Scoring(r3.rollout.samples, goes_live=True)),
-        ):
-            live = self._get_per_token_logps_and_entropies(
-                self.model,
-                input_ids,
-                attention_mask,
-                output["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-            )[0]
-        r3.log_mismatch(output, r3.rollout.samples, live, prefix="sampling/live")
-        rollout_logprobs = r3.rollout_logprobs(output, r3.rollout.samples)
-        if old_logprobs is not None and rollout_logprobs is not None:
-            warn_if_worse(old_logprobs, live, rollout_logprobs, counted_tokens(output))
-        return live
 
     def _compute_loss(self, model, inputs):
         r3 = self._r3
