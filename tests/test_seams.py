@@ -272,6 +272,14 @@ SEAMS = [
             "extra_fields",
         ),
     ),
+    *(
+        Seam(
+            "_compat.py",
+            f"{trainer.__name__} sets _buffered_inputs",
+            lambda t=trainer: sets(t, "_buffered_inputs"),
+        )
+        for trainer in TRAINERS
+    ),
     Seam("trainers/mixin.py", "GRPOTrainer sets rollout_func", lambda: sets(trl.GRPOTrainer, "rollout_func")),
     Seam(
         "trainers/mixin.py",

@@ -186,6 +186,15 @@ def extra_fields(generated: tuple) -> dict[str, Any]:
     return generated[_EXTRA_FIELDS]
 
 
+def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:
+    """
+    The micro-batches that the updates on the last rollout of a trainer of TRL take in turn.
+
+    Goes when TRL says publicly which samples it trains on.
+    """
+    return trainer._buffered_inputs or []
+
+
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Let `owner.name` be `value` inside. Each use goes when its owner takes the value as an argument."""

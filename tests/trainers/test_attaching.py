@@ -34,7 +34,7 @@ def test_each_training_attaches_again(qwen3, build, check):
     for _ in range(2):
         trainer.train()
         with pytest.raises(RuntimeError, match="attached to the policy only while `train"):
-            _ = trainer.routing_replay
+            _ = trainer._r3.attachment.replay
         assert not any("forward" in vars(layer) for layer in trainer.model.model.layers)
     for one in trainer.of("update"):
         check.replayed(one)

@@ -36,7 +36,7 @@ def test_every_family_is_restored(family, tmp_path):
         with pytest.raises(StrictDataclassClassValidationError, match="mlp_layer_types"):
             trainer._load_from_checkpoint(str(tmp_path))
         return
-    with whole_checkpoint(trainer, str(tmp_path)):
+    with whole_checkpoint(trainer, lambda: str(tmp_path)):
         trainer._load_from_checkpoint(str(tmp_path))
     assert not differing(model, saved)
 
@@ -59,7 +59,7 @@ def test_in_several_files_and_several_dtypes(tmp_path):
     saved.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     trainer = loader(model, tmp_path)
-    with whole_checkpoint(trainer, str(tmp_path)):
+    with whole_checkpoint(trainer, lambda: str(tmp_path)):
         trainer._load_from_checkpoint(str(tmp_path))
     assert not differing(model, saved)
 

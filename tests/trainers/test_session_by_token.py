@@ -85,16 +85,15 @@ class Misaligned(R3GRPOTrainer):
         return batch
 
     def _compute_loss(self, model, inputs):
-        own = self._r3.rollout
-        chosen = own.get_samples(inputs["rollout_samples"].tolist())
+        own = self._r3.rollout.samples
+        chosen = self._r3.rollouts.get_samples(inputs["rollout_samples"].tolist())
         others = self.instead([sample.record for sample in chosen])
         by_identity = {sample.identity: other for sample, other in zip(chosen, others, strict=True)}
-        samples = [replace(each, record=by_identity.get(each.identity, each.record)) for each in own.samples]
-        self._r3.rollout = replace(own, samples=samples)
+        self._r3.rollout.samples = [replace(each, record=by_identity.get(each.identity, each.record)) for each in own]
         try:
             return super()._compute_loss(model, inputs)
         finally:
-            self._r3.rollout = own
+            self._r3.rollout.samples = own
 
 
 class OneLate(Misaligned):

@@ -14,6 +14,8 @@ ARGUMENTS = {
     "_get_per_token_logps_and_entropies": ("model", "ids", "mask", 3),
     "_compute_loss": ("model", {"input_ids": 0}),
     "_generate": (["prompt"],),
+    "_load_from_checkpoint": ("folder",),
+    "_prepare_inputs": ([{"prompt": "p"}],),
     "_generate_single_turn": ([[5]], None, {}, 2),
     "_generate_and_score_completions": ([{"prompt": "p"}],),
 }
@@ -31,7 +33,7 @@ def test_each_method_is_the_parents(monkeypatch, name):
 
 
 def test_all_methods_that_are_overridden_are_looked_at():
-    assert len(OVERRIDDEN) == 10 and {"train", "training_step", "prediction_step", "log"} <= set(OVERRIDDEN)
+    assert len(OVERRIDDEN) == 13 and {"train", "training_step", "prediction_step", "log"} <= set(OVERRIDDEN)
 
 
 def test_what_it_holds_is_nothing():

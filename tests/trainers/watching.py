@@ -80,6 +80,7 @@ class Watching(GRPOTrainer):
     """TRL's trainer, taking notes. Goes below the code under test in the order of method resolution."""
 
     while_generating = staticmethod(lambda model: nullcontext())
+    forgets = True  # rollouts, when the next one is made
 
     def __init__(self, *args, **kwargs):
         self.passes: list[Pass] = []
@@ -151,7 +152,8 @@ class Watching(GRPOTrainer):
         return completion_ids, logprobs
 
     def _generate(self, prompts):
-        self.rollouts[self.model.training] = {}
+        if self.forgets:
+            self.rollouts[self.model.training] = {}
         return super()._generate(prompts)
 
     def _generate_and_score_completions(self, inputs):

@@ -234,8 +234,10 @@ class Judge:
         return Found(Fault.OTHER_SAMPLES, f"{count} have rows of other tokens or of another sample: {wrong}")
 
     def _moved_layer(self) -> Found | None:
-        """A layer that fits far better where it is moved, whatever the others say: their contrast hides its own."""
-        for index in (self.moving_L & self.judged_L).nonzero()[:, 0].tolist():
+        """A layer that fits far better where it is moved, beside others that do not: their contrast hides its own."""
+        shared_3L = self.rows.shared.mean(0)
+        stands_L = (shared_3L[0] >= shared_3L[1:].max(0).values) & self.judged_L
+        for index in (self.moving_L & self.judged_L).nonzero()[:, 0].tolist() if stands_L.any() else ():
             shared_M3 = self.rows.shared[:, :, index]
             side = 1 + int(shared_M3[:, 1:].mean(0).argmax())
             gain_M = shared_M3[:, side] - shared_M3[:, 0]

@@ -66,6 +66,8 @@ class Sample:
             What truncated sampling kept, one row a completion token.
         logprobs (`torch.Tensor` of shape `(C,)`, *optional*):
             Log-probabilities that its completion was sampled with, where this package knows them.
+        step (`int`, *optional*, defaults to `0`):
+            Optimizer steps that had been taken when it was sampled.
     """
 
     identity: int
@@ -75,6 +77,7 @@ class Sample:
     rows_that_matter: int | None = None
     mask: SamplingMask | None = None
     logprobs: Tensor | None = None
+    step: int = 0
 
     @property
     def completion_length(self) -> int:

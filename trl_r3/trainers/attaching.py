@@ -36,6 +36,7 @@ class Attachment:
         self.trainer = trainer
         self.alarm: Alarm | None = None
         self._replay: RouterReplay | None = None
+        self._removed: RouterReplay | None = None
 
     @property
     def replay(self) -> RouterReplay:
@@ -43,6 +44,11 @@ class Attachment:
         if self._replay is None:
             raise RuntimeError("routing replay is attached to the policy only while `train()` runs. Call it inside.")
         return self._replay
+
+    @property
+    def handle(self) -> RouterReplay:
+        """The handle on the policy, or the last one that was removed from it."""
+        return self.replay if self._removed is None else self._removed
 
     def try_on(self) -> None:
         """Attach and detach, so that unsupported models fail now; ZeRO-3 and FSDP may load weights later."""
@@ -66,6 +72,7 @@ class Attachment:
         """Give the policy back as it was."""
         if self._replay is not None:
             self._replay.remove()
+            self._removed = self._replay
         self._replay = self.alarm = None
 
     def _attach(self, only_with_weights: bool = False) -> None:
@@ -76,6 +83,7 @@ class Attachment:
             refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
                 self._replay = RouterReplay(model, self.trainer.args.routing_replay_gating)
+                self._removed = None
 
         make_together(self.trainer.accelerator, attach)
 

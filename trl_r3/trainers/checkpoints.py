@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from .._compat import swapped
 
 
 @contextmanager
-def whole_checkpoint(trainer: Any, folder: str) -> Iterator[None]:
+def whole_checkpoint(trainer: Any, folder: Callable[[], str]) -> Iterator[None]:
     """
     Load a checkpoint as `from_pretrained` does where the trainer inside leaves weights of it out.
 
@@ -23,22 +23,23 @@ def whole_checkpoint(trainer: Any, folder: str) -> Iterator[None]:
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer.
-        folder (`str`):
-            The checkpoint that it loads.
+        folder (`Callable`):
+            Says which checkpoint it has loaded.
 
     Raises:
         `RuntimeError`: If `from_pretrained` does not find the weights in the checkpoint, either.
     """
-    warn, model = trainer._issue_warnings_after_load, trainer.accelerator.unwrap_model(trainer.model)
+    warn = trainer._issue_warnings_after_load
     results: list[Any] = []
     with swapped(trainer, "_issue_warnings_after_load", results.append):
         yield
     for result in results:
+        model = trainer.accelerator.unwrap_model(trainer.model)
         left_out = _left_out(model, set(result.missing_keys)) if isinstance(model, PreTrainedModel) else []
         if not left_out:
             warn(result)
             continue
-        _load(model, folder, left_out)
+        _load(model, folder(), left_out)
 
 
 def _left_out(model: PreTrainedModel, missing: Collection[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .._compat import extra_fields
+from .._compat import buffered_inputs, extra_fields
 from ..engines.continuous_batching import recordable_config
 from ..engines.generate import check_decoding
 from ..engines.turns import Turn
@@ -49,6 +49,10 @@ class RoutingReplayMixin(_Trainer):
     evaluation route live.
     """
 
+    kept_rollouts: int = 0
+    """Earlier batches whose samples can still be trained on, for a subclass with a replay buffer: their records stay
+    in memory, or in files, until so many batches have been rolled out after them."""
+
     _r3: ReplaySession | None = None  # where nothing is replayed the trainer is TRL's
 
     _paper = {
@@ -81,7 +85,7 @@ class RoutingReplayMixin(_Trainer):
             recordable_config(self.continuous_batching_config)
         elif routes and not self.use_vllm:
             check_decoding(self.model, {"generation_config": self.generation_config})
-        session = ReplaySession(self, routes, masks)
+        session = ReplaySession(self, routes, masks, self.kept_rollouts)
         if routes:
             check_shards(self.accelerator)
             session.attachment.try_on()
@@ -89,15 +93,18 @@ class RoutingReplayMixin(_Trainer):
 
     @property
     def routing_replay(self) -> RouterReplay:
-        """The handle on the policy, while it trains."""
+        """
+        The handle on the policy, while it trains. Before and after `train()` it is one that was removed: it says which
+        routers there are (`layout`) and replays nothing.
+        """
         if self._r3 is None or not self._r3.routes:
             raise RuntimeError("this trainer does not replay routes. Set `use_routing_replay=True`.")
-        return self._r3.attachment.replay
+        return self._r3.attachment.handle
 
     @property
     def rollout_samples(self) -> list[Sample]:
-        """The samples of the rollout that is trained on, each with its tokens, record and sampling mask."""
-        return [] if self._r3 is None or self._r3.rollout is None else self._r3.rollout.samples
+        """The samples of the batch that is trained on, each with its tokens, record and sampling mask."""
+        return [] if self._r3 is None else self._r3.rollouts.samples
 
     @contextmanager
     def live_routing(self) -> Iterator[None]:
@@ -146,12 +153,12 @@ class RoutingReplayMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         """Of Transformers, which restores no experts of a full fine-tune."""
-        with whole_checkpoint(self, resume_from_checkpoint):
+        with whole_checkpoint(self, lambda: resume_from_checkpoint):
             return super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self):
         """Of Transformers, likewise."""
-        with whole_checkpoint(self, self.state.best_model_checkpoint or ""):
+        with whole_checkpoint(self, lambda: str(self.state.best_model_checkpoint)):
             return super()._load_best_model()
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -200,9 +207,18 @@ class RoutingReplayMixin(_Trainer):
         self._r3.turns.add(make_turn, prompt_ids, generated)
         return generated
 
+    def _prepare_inputs(self, generation_batch):
+        """Of TRL, which rolls out once for the updates that follow; a subclass may do so until it has enough."""
+        if self._r3 is None or self._r3.evaluates:
+            return super()._prepare_inputs(generation_batch)
+        with self._r3.rollouts.one_batch():
+            inputs = super()._prepare_inputs(generation_batch)
+        self._r3.rollouts.keep_only(buffered_inputs(self))
+        return inputs
+
     def _generate(self, prompts):
         if self._r3 is not None:
-            self._r3.begin_rollout()
+            self._r3.begin_turns()
         output = super()._generate(prompts)
         own = None
         if getattr(self, "rollout_func", None) is not None:  # these are no business of reward functions
@@ -215,6 +231,7 @@ class RoutingReplayMixin(_Trainer):
         r3 = self._r3
         if r3 is None or r3.evaluates:
             return super()._generate_and_score_completions(inputs)
+        r3.rollouts.begin()
         if r3.tracer is not None:
             r3.tracer.begin()
         scoring = Scoring()
@@ -259,7 +276,7 @@ class RoutingReplayMixin(_Trainer):
             )
         if r3.rollout is None:
             raise RuntimeError("an update came before any rollout, so there is no record to replay.")
-        samples = r3.rollout.get_samples(inputs["rollout_samples"].tolist())
+        samples = r3.rollouts.get_samples(inputs["rollout_samples"].tolist())
         with r3.scores(Scoring(samples, inputs)):
             return super()._compute_loss(model, inputs)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engines.known_routes import KnownRoutes
 from ..engines.turns import MakeTurn, Prompts, RolloutRecord, Turn
-from ..records.checks import MisalignedRecordError, rows_that_matter
+from ..records.checks import rows_that_matter
 from ..records.record import RoutingLayout
 from ..records.samples import Sample
 from ..records.sampling_mask import SamplingMask
@@ -55,14 +55,11 @@ class Rollout:
     Args:
         samples (list of [`Sample`]):
             With ascending identities.
-        step (`int`):
-            Optimizer steps that had been taken.
         spilled ([`SpilledTensors`], *optional*):
             The files of what was recorded, where it is in files.
     """
 
     samples: list[Sample]
-    step: int
     spilled: SpilledTensors | None = None
 
     @classmethod
@@ -75,10 +72,10 @@ class Rollout:
         logprobs: Sequence[Tensor | None] = record.logprobs or nothing
         parts = zip(prompt_ids, completion_ids, record.prompt_lengths, record.records, masks, logprobs, strict=True)
         samples = [
-            Sample(first + i, torch.tensor([*prompt, *completion]), length, rows, None, mask, values)
+            Sample(first + i, torch.tensor([*prompt, *completion]), length, rows, None, mask, values, step)
             for i, (prompt, completion, length, rows, mask, values) in enumerate(parts)
         ]
-        return cls(samples, step)
+        return cls(samples)
 
     def spill(self, folder: str) -> OSError | None:
         """Put what was recorded of the samples into files, and return what is to be raised if that fails."""
@@ -105,18 +102,6 @@ class Rollout:
     def identities(self, device: torch.device) -> Tensor:
         """(B,) what travels with the batch: it is shuffled, split and indexed as the other tensors are."""
         return torch.tensor([sample.identity for sample in self.samples], device=device)
-
-    def get_samples(self, identities: Sequence[int]) -> list[Sample]:
-        """The samples of a batch, in its order."""
-        first = self.samples[0].identity if self.samples else 0
-        last = first + len(self.samples) - 1
-        wrong = [identity for identity in identities if not first <= identity <= last]
-        if wrong:
-            raise MisalignedRecordError(
-                f"the batch names sample {wrong[0]}, but the rollout has {first} to {last}: it is that of an earlier "
-                "rollout, or its `rollout_samples` was edited. Train on the batch of the last rollout."
-            )
-        return [self.samples[identity - first] for identity in identities]
 
     def refuse_missing(self, layout: RoutingLayout, allowed: float) -> RuntimeError | None:
         """What is to be raised if more of the rows that matter lack a record than are allowed to."""

@@ -27,6 +27,7 @@ from ..masks.restricted_head import restricted_head
 from ..records.record import slice_samples
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from .attaching import Attachment, ReplayingTrainer
+from .kept_rollouts import KeptRollouts
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
 from .rollout import Rollout, Turns, note_rows_that_matter
 from .tracer import Tracer
@@ -73,18 +74,19 @@ class ReplaySession:
             The trainer.
         routes, masks (`bool`):
             What is replayed: experts, the tokens that sampling kept, or both.
+        earlier (`int`, *optional*, defaults to `0`):
+            Batches before the present one whose rollouts are kept.
     """
 
-    def __init__(self, trainer: ScoringTrainer, routes: bool, masks: bool):
+    def __init__(self, trainer: ScoringTrainer, routes: bool, masks: bool, earlier: int = 0):
         self.trainer, self.routes, self.masks = trainer, routes, masks
         self.attachment = Attachment(trainer)
         self.log = ReplayLog(trainer.accelerator)
         self.tracer: Tracer | None = None
         self.turns = Turns()
-        self.rollout: Rollout | None = None
+        self.rollouts = KeptRollouts(earlier)
         self.scoring: Scoring | None = None
         self.evaluates = False
-        self._identities = 0  # given out so far
         self._last_compared: int | None = None  # step
 
     def attach(self) -> None:
@@ -97,14 +99,13 @@ class ReplaySession:
     def end(self) -> None:
         """When training is over, whatever ended it: nothing of a rollout stays."""
         self.attachment.detach()
-        self.drop_rollout()
+        self.rollouts.drop()
         self.turns, self.tracer, self.scoring, self._last_compared = Turns(), None, None, None
 
-    def drop_rollout(self) -> None:
-        """Give back what was recorded, in memory or in files, when every update on it has been made."""
-        if self.rollout is not None:
-            self.rollout.remove_files()
-        self.rollout = None
+    @property
+    def rollout(self) -> Rollout | None:
+        """The last one."""
+        return self.rollouts.last
 
     @property
     def captures(self) -> bool:
@@ -133,12 +134,10 @@ class ReplaySession:
         finally:
             self.scoring = before
 
-    def begin_rollout(self) -> None:
-        """Before the engine is asked for the first turn."""
+    def begin_turns(self) -> None:
+        """Before the engine is asked for the first turn of a rollout, or of a piece of one."""
         goes_on = getattr(self.trainer, "tools", None) or self._has_rollout_func
         self.turns = Turns(KnownRoutes() if goes_on else None)
-        if not self.evaluates:
-            self.drop_rollout()
 
     def recorded_turn(self) -> AbstractContextManager[MakeTurn]:
         """Record one call of the engine, whichever it is."""
@@ -163,14 +162,11 @@ class ReplaySession:
         accelerator = self.trainer.accelerator
         record = make_together(accelerator, lambda: self._join(prompt_ids, completion_ids, own), self.turns.error)
         self.turns = Turns()
-        self.rollout = Rollout.of(
-            record, prompt_ids, completion_ids, first=self._identities, step=self.trainer.state.global_step
-        )
+        rollout = self.rollouts.add(record, prompt_ids, completion_ids, self.trainer.state.global_step)
         del record  # what is put into files does not stay in memory
-        self._identities += len(self.rollout.samples)
         self._spill()
         assert self.scoring is not None  # TRL generates inside of what scores
-        self.scoring.samples = self.rollout.samples
+        self.scoring.samples = rollout.samples
 
     def _spill(self) -> None:
         folder = self.trainer.args.routing_replay_spill_dir
@@ -231,7 +227,7 @@ class ReplaySession:
                 result = self._record(scoring, checked, score)
         if is_policy and not scoring.is_update:
             scoring.old_logprobs = result[0]
-        elif scoring.batch is not None and not scoring.has_old_policy:  # no update has happened since the rollout
+        elif scoring.batch is not None and not scoring.has_old_policy and self._is_fresh(scoring.samples):
             self.log_mismatch(scoring.batch, scoring.samples, result[0].detach())
         return result
 
@@ -239,7 +235,8 @@ class ReplaySession:
         """A pass of the policy through the recorded experts."""
         replay, alarm = self.attachment.replay, self.attachment.alarm
         assert alarm is not None  # attached
-        at_rollout = not scoring.is_update or self._updates_first(scoring)
+        judged = self.captures and scoring.has_old_policy
+        at_rollout = not scoring.is_update or (self._is_fresh(scoring.samples) and not judged)
         batch = ScoredBatch(scoring.samples, checked.prompt_width, replay.layout, at_rollout, checked)
         source = batch if self.tracer is None else self.tracer.source(batch, scoring)
         with replay.replay_from(source) as stats:
@@ -257,10 +254,9 @@ class ReplaySession:
             self.tracer.scored(source, stats, result[0], scoring.verdict)
         return result
 
-    def _updates_first(self, scoring: Scoring) -> bool:
-        """Whether an update is at the weights of its rollout, and its record not judged yet."""
-        assert self.rollout is not None  # an update follows a rollout
-        return not (self.captures and scoring.has_old_policy) and self.rollout.step == self.trainer.state.global_step
+    def _is_fresh(self, samples: list[Sample]) -> bool:
+        """Whether no update has happened since any of them was sampled."""
+        return all(sample.step == self.trainer.state.global_step for sample in samples)
 
     def _record(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scores]) -> Scores:
         """The old-policy pass of R2, whose own selection is what its updates replay."""
