@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _python_dispatch, checkpoint
 
 _EXTRA_FIELDS = 5  # prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, ...
 
@@ -17,6 +18,21 @@ _EXTRA_FIELDS = 5  # prompt_ids, completion_ids, tool_mask, completions, logprob
 def in_backward() -> bool:
     """Whether this thread runs autograd's backward. Goes when PyTorch has a public way to ask."""
     return torch._C._current_graph_task_id() != -1
+
+
+def unseen_by_checkpoints() -> AbstractContextManager:
+    """
+    Hide operators from selective activation checkpointing, which pairs those of a recompute with those of its forward
+    by their order: what is compared in the forward only would shift it.
+
+    Goes when `torch.utils.checkpoint` lets code inside a checkpoint leave it.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return nullcontext()
+    selective = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    if not any(isinstance(mode, selective) for mode in _python_dispatch._get_current_dispatch_mode_stack()):
+        return nullcontext()
+    return _python_dispatch._disable_current_modes()
 
 
 def checkpoint_functions(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Callable]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from records.drawn import EXPERTS, records
 
 from trl_r3 import RoutingLayout
 from trl_r3.records.checks import check_rows
-from trl_r3.records.record import align, missing_rows, pack, select_moe_layers, unpack
+from trl_r3.records.record import align, missing_rows, pack, select_moe_layers, to_record, unpack
 
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
@@ -158,3 +159,19 @@ def test_alignment_that_does_not_fit_is_refused(prompt_width, width):
     fitting, long = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(9, 1, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"sample 1: 9 rows with a prompt of 4 .* {width} wide"):
         align([fitting, long], [2, 4], prompt_width, width, layout)
+
+
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", ">u2", ">i4", ">i8", "u1"])
+def test_bytes_in_any_order(dtype):
+    """Of a file or a wire of another machine."""
+    layout = RoutingLayout((0, 2), 3, num_experts=200, top_k=2)
+    ids = np.arange(40).reshape(5, 4, 2)[:, :2] * 3 % 200
+    record = to_record(ids.astype(dtype), layout, 0)
+    assert torch.equal(unpack(record, layout).long(), torch.from_numpy(ids))
+
+
+@pytest.mark.parametrize("dtype", [">f4", "f8", "O", "?"])
+def test_what_are_no_ids_is_refused_with_the_sample(dtype):
+    layout = RoutingLayout((0, 2), 3, num_experts=200, top_k=2)
+    with pytest.raises(ValueError, match="sample 7: `routed_experts` has dtype .*, but expert ids are integers"):
+        to_record(np.zeros((5, 2, 2), dtype), layout, 7)

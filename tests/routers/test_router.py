@@ -294,3 +294,19 @@ def test_changed_counts_are_those_of_the_live_logits(model, ids):
     assert int(stats.changed_tokens) == int(changed.any(-1).sum())
     assert int(stats.recorded_tokens) == ids.numel() - 1
     assert stats.forwards == 1
+
+
+@pytest.mark.parametrize("gating", ["intercept", "op"])
+def test_a_gate_that_selects_fewer_experts_than_it_did_is_refused(gating):
+    from engines.tiny_chat import tiny_qwen3_moe
+
+    model = tiny_qwen3_moe()
+    ids = torch.arange(10, 22)[None]
+    with RouterReplay(model, gating) as replay:
+        layer = model.model.layers[replay.moe_layers[-1]]
+        before = layer.mlp.gate.top_k
+        layer.mlp.gate.top_k = before - 1
+        for grad in (torch.no_grad, torch.enable_grad):
+            text = f"selects {before - 1} of .* but selected {before} of"
+            with pytest.raises(RuntimeError, match=text), replay.record(), grad():
+                model(ids)

@@ -173,7 +173,10 @@ def test_layout_before_and_after_training(qwen3, build):
     trainer = build(qwen3())
     layout = trainer.routing_replay.layout
     assert (layout.moe_layers, layout.num_experts, layout.top_k) == ((0, 2, 3), 16, 4)
-    for wrong in (trainer.routing_replay.record, lambda: trainer.routing_replay.replay(torch.arange(4).expand(1, 4, 3, 4))):
+    for wrong in (
+        trainer.routing_replay.record,
+        lambda: trainer.routing_replay.replay(torch.arange(4).expand(1, 4, 3, 4)),
+    ):
         with pytest.raises(RuntimeError, match="on a handle that was removed"), wrong():
             pass
     trainer.train()

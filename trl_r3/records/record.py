@@ -126,7 +126,13 @@ def to_record(ids: np.ndarray | Tensor, layout: RoutingLayout, sample: int) -> T
             "(rows, layers, top_k). Pass one array a sample."
         )
     if isinstance(ids, np.ndarray):
-        ids = torch.from_numpy(np.require(ids, requirements=["C", "W", "O"]))  # copies what the engine still owns
+        if ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"sample {sample}: `routed_experts` has dtype {ids.dtype}, but expert ids are integers. Pass the ids, "
+                "not the weights or logits of the router."
+            )
+        native = ids.dtype.newbyteorder("=")  # PyTorch knows no other order of bytes
+        ids = torch.from_numpy(np.require(ids, native, ["C", "W", "O"]))  # copies what the engine still owns
     try:
         selected = select_moe_layers(ids.cpu(), layout)
     except ValueError as error:

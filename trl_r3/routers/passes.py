@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat import unseen_by_checkpoints
 from ..gating import RowStatus
 from ..records.metrics import changed_layers
 from ..records.record import RoutingLayout, missing_rows, unpack
@@ -48,13 +49,13 @@ class RecordingPass:
         self.layout = layout
         self.fired = [0] * len(routers)
         self.live: dict[int, Tensor] = {}  # by MoE layer: (N, K)
-        self.executed_LNK: Tensor | None = None  # once closed: what a recompute replays
+        self.executed: tuple[Tensor, ...] | None = None  # once closed, by MoE layer: (N, K) that a recompute replays
 
     def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run router `index` as this pass wants it; a recompute goes through the experts that its forward did."""
         router = self.routers[index]
-        if self.executed_LNK is not None:
-            executed_NK = self._on(self.executed_LNK[index], args, kwargs)
+        if self.executed is not None:
+            executed_NK = self._on(self.executed[index], args, kwargs)
             return self._recompute(router, forward, args, kwargs, executed_NK)
         self.fired[index] += 1
         return self._route(index, router, forward, args, kwargs)
@@ -71,7 +72,10 @@ class RecordingPass:
     def _on(self, ids: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         # layers may be spread over devices
         device = next(value.device for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-        return ids if ids.device == device else ids.to(device)
+        if ids.device == device:
+            return ids
+        with unseen_by_checkpoints():
+            return ids.to(device)
 
     def close(self) -> Tensor:
         """
@@ -86,7 +90,7 @@ class RecordingPass:
         self._check_fired()
         selected_NLK = self._stacked(self.live).to(self.layout.storage_dtype)
         self.live = {}
-        self.executed_LNK = selected_NLK.transpose(0, 1)
+        self.executed = selected_NLK.unbind(1)
         return selected_NLK
 
     def _stacked(self, by_layer: dict[int, Tensor]) -> Tensor:
@@ -143,7 +147,8 @@ class ReplayingPass(RecordingPass):
         routed = router.replay(forward, args, kwargs, replayed_NK, missing_N1)
         if self.observed_M is not None:
             observed_M = self._on(self.observed_M, args, kwargs)
-            self.observed[index] = router.live_ids(routed, observed_M)
+            with unseen_by_checkpoints():
+                self.observed[index] = router.live_ids(routed, observed_M)
         if routed.live_NK is not None:
             self.live[index] = routed.live_NK
         if routed.status_N is not None:
@@ -171,7 +176,7 @@ class ReplayingPass(RecordingPass):
             `RuntimeError`: If it did not go through every router once.
         """
         self._check_fired()
-        changed, executed_LNK = [], self.replayed_LNK
+        changed, executed = [], list(self.replayed)
         order = [*sorted(self.live), *sorted(self.status)]
         if self.live:
             layers = sorted(self.live)
@@ -181,13 +186,13 @@ class ReplayingPass(RecordingPass):
             if self.missing_N1 is not None and torch.is_grad_enabled():
                 # where the op gates, it finds the same live rows again
                 executed_NLK = torch.where(self.missing_N1[..., None], live_NLK, recorded_NLK)
-                executed_LNK = executed_LNK.clone()
-                executed_LNK[layers] = executed_NLK.to(executed_LNK.dtype).transpose(0, 1)
+                for layer, executed_NK in zip(layers, executed_NLK.to(recorded_NLK.dtype).unbind(1), strict=True):
+                    executed[layer] = executed_NK
             self.live = {}
         if self.status:
             changed.append(self._stacked(self.status).to(self.replayed_LNK.device) == RowStatus.DIFFERS_LIVE)
             self.status = {}
-        self.executed_LNK = executed_LNK
+        self.executed = tuple(executed)
         if len(changed) == 1:
             return changed[0]
         return torch.cat(changed, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from .._compat import unseen_by_checkpoints
 from .top_k import ReboundForward, TopKCall, TopKWatch
 
 
@@ -87,6 +88,8 @@ class Router:
         if self.ids_output is not None and not torch.is_grad_enabled():
             output = forward(*args, **kwargs)
             ids = output[self.ids_output]
+            if ids.shape[-1] != self.top_k:
+                self.refuse(self.num_experts, ids.shape[-1])
             return output, ids if ids.ndim == 2 else ids.reshape(-1, self.top_k)
         output, live_NK, _ = self._intercept(forward, args, kwargs, _Selection(self))
         assert live_NK is not None  # compared
@@ -134,6 +137,13 @@ class Router:
         assert routed.live_NK is not None  # it compared
         return routed.live_NK[rows_M]
 
+    def refuse(self, num_experts: int, top_k: int) -> NoReturn:
+        """What raises if it selects otherwise than when it was found."""
+        raise RuntimeError(
+            f"{self.name} selects {top_k} of {num_experts} experts, but selected {self.top_k} of {self.num_experts} "
+            "when it was found. Attach again after whatever changed the module."
+        )
+
     def under(self, watch: TopKWatch, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the router's forward with the top-k calls of `watch`."""
         if self.rebound is not None and self.rebound.runs(forward):
@@ -177,13 +187,11 @@ class _Selection(TopKWatch):
         if index != router.call_index:
             return torch.topk(*args, **kwargs)
         if (call.columns, call.top_k) != (router.num_experts, router.top_k):
-            raise RuntimeError(
-                f"{router.name} selects {call.top_k} of {call.columns} experts, but selected {router.top_k} of "
-                f"{router.num_experts} when it was found. Attach again after whatever changed the module."
-            )
+            router.refuse(call.columns, call.top_k)
         self.made = True
         scores = self.unmasked(call.scores)
-        selected = self._selected(args, kwargs, (*scores.shape[:-1], router.top_k))
+        with unseen_by_checkpoints():
+            selected = self._selected(args, kwargs, (*scores.shape[:-1], router.top_k))
         # Values are gathered in either case: a recompute replays what its forward recorded, and non-reentrant
         # checkpointing wants both to save the same tensors.
         return torch.return_types.topk((scores.gather(call.dim, selected), selected))
