@@ -28,6 +28,8 @@ from model_zoo import build_tiny
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule
+from torch.utils import _python_dispatch, checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.distributed import DistributedConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, requests
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
@@ -448,6 +450,20 @@ SEAMS = [
     Seam("_compat.py", "torch._dynamo.OptimizedModule", lambda: isinstance(torch._dynamo.OptimizedModule, type)),
     Seam("records/samples.py", "torch.Tensor._version", lambda: torch.zeros(1).add_(1)._version == 1),
     Seam("_compat.py", "torch._C._current_graph_task_id", lambda: torch._C._current_graph_task_id() == -1),
+    Seam("_compat.py", "torch._C._len_torch_dispatch_stack", lambda: torch._C._len_torch_dispatch_stack() == 0),
+    Seam(
+        "_compat.py",
+        "torch.utils._python_dispatch._get_current_dispatch_mode_stack and _disable_current_modes",
+        lambda: not _python_dispatch._get_current_dispatch_mode_stack() and _python_dispatch._disable_current_modes,
+    ),
+    Seam(
+        "_compat.py",
+        "torch.utils.checkpoint._CachingTorchDispatchMode and _CachedTorchDispatchMode, one each of a pair",
+        lambda: (
+            [type(each).__name__ for each in create_selective_checkpoint_contexts([])]
+            == [checkpoint._CachingTorchDispatchMode.__name__, checkpoint._CachedTorchDispatchMode.__name__]
+        ),
+    ),
     Seam(
         "gating/native.py",
         "torch._C._dispatch_has_kernel_for_dispatch_key",

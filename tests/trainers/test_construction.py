@@ -6,10 +6,11 @@ import importlib.util
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from engines.tiny_chat import make_trainer
 from peft import PromptTuningConfig
-from trainers.watching import make_tokenizer
+from trainers.watching import distinct_characters, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, SFTTrainer
 from trl.experimental.distillation import DistillationTrainer
@@ -154,3 +155,33 @@ def test_a_value_that_was_changed_later_is_named(qwen3, settings):
     config.use_routing_replay = "false"
     with pytest.raises(ValueError, match="`use_routing_replay` is 'false'"):
         trainer_with(config, qwen3())
+
+
+CASTS = ".* in torch.float32, and with `bf16=True` TRL casts them to torch.bfloat16 for good"
+
+
+def of_batches(model, settings, **changes):
+    config = {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": {"num_blocks": 64},
+    }
+    return R3GRPOTrainer(
+        model=model,
+        args=settings(**config, **changes),
+        reward_funcs=distinct_characters,
+        train_dataset=Dataset.from_dict({"prompt": ["1+2=", "x"] * 8}),
+        processing_class=make_tokenizer(),
+    )
+
+
+def test_weights_that_continuous_batching_casts_for_good_are_told(qwen3, settings, recwarn):
+    with pytest.warns(RuntimeWarning, match=CASTS):
+        trainer = of_batches(qwen3(), settings, bf16=True)
+    trainer.train()
+    assert {value.dtype for value in trainer.model.state_dict().values()} == {torch.bfloat16}, "TRL casts nothing"
+
+
+@pytest.mark.parametrize(("dtype", "bf16"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_weights_that_stay_are_not(qwen3, settings, recwarn, dtype, bf16):
+    of_batches(qwen3().to(dtype), settings, bf16=bf16)
+    assert not [each for each in recwarn if "for good" in str(each.message)]

@@ -131,6 +131,28 @@ def warn_if_off(trainer: type, config: Any) -> None:
     )
 
 
+def warn_of_cast(trainer: Any) -> None:
+    """
+    Say once, at construction, that TRL rounds the weights it trains when continuous batching first generates.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            One that generates by continuous batching.
+    """
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
+    wider = [each for each in trainer.model.state_dict().values() if each.dtype in (torch.float32, torch.float64)]
+    if dtype is None or not wider:
+        return
+    count, setting = sum(map(torch.numel, wider)), "bf16" if trainer.args.bf16 else "fp16"
+    warnings.warn(
+        f"the policy has {count} weights and buffers in {wider[0].dtype}, and with `{setting}=True` TRL casts them to "
+        f"{dtype} for good when continuous batching first generates, selection biases of routers included. Load the "
+        f"policy in {dtype} to train what you see, set `{setting}=False`, or leave continuous batching out.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 @contextmanager
 def recording_engine(config: Any, routes: bool, masks: bool) -> Iterator[None]:
     """

@@ -15,7 +15,15 @@ from ..records.samples import Sample
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
 from .checkpoints import whole_checkpoint
-from .construction import check_parent, check_setup, check_shards, config_from, recording_engine, warn_if_off
+from .construction import (
+    check_parent,
+    check_setup,
+    check_shards,
+    config_from,
+    recording_engine,
+    warn_if_off,
+    warn_of_cast,
+)
 from .live_comparison import compare_with_live
 from .log import counted_tokens, raise_together, warn_of_truncation
 from .rollout import note_rows_that_matter
@@ -83,6 +91,7 @@ class RoutingReplayMixin(_Trainer):
             return
         if self.continuous_batching_config is not None:
             recordable_config(self.continuous_batching_config)
+            warn_of_cast(self)
         elif routes and not self.use_vllm:
             check_decoding(self.model, {"generation_config": self.generation_config})
         session = ReplaySession(self, routes, masks, self.kept_rollouts)
