@@ -25,7 +25,8 @@ import torch
 import transformers
 import trl
 from model_zoo import build_tiny
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.utils import _python_dispatch, checkpoint
@@ -76,6 +77,13 @@ def sets(owner: type, *names: str) -> bool:
 def says(function: Callable, *texts: str) -> bool:
     """Whether these are string constants of its code: keys of what it returns or reads."""
     return set(texts) <= {node.value for node in ast.walk(tree(function)) if isinstance(node, ast.Constant)}
+
+
+def calls(function: Callable, *names: str) -> bool:
+    """Whether its code mentions these attributes, in this order."""
+    found = [node for node in ast.walk(tree(function)) if isinstance(node, ast.Attribute) and node.attr in names]
+    found.sort(key=lambda node: (node.end_lineno, node.end_col_offset))
+    return list(dict.fromkeys(node.attr for node in found)) == list(names)
 
 
 def returns(function: Callable, *names: str) -> bool:
@@ -391,6 +399,31 @@ SEAMS = [
         "engines/vllm_server.py",
         "VLLMClient sets base_url and model, and asks through _post",
         lambda: sets(CLIENT, "base_url", "model") and "_post" in CLIENT.generate.__code__.co_names,
+    ),
+    Seam(
+        "engines/weight_sync.py",
+        "VLLMGeneration.sync_weights reads named_parameters between merge_adapter and unmerge_adapter",
+        lambda: (
+            "_iter_named_params" in GENERATION.sync_weights.__code__.co_names
+            and calls(GENERATION._iter_named_params, "merge_adapter", "named_parameters", "unmerge_adapter")
+            and calls(GENERATION._iter_fsdp2_params, "named_parameters", "full_tensor")
+        ),
+    ),
+    Seam(
+        "engines/weight_sync.py",
+        "BaseTuner.merge_adapter(adapter_names), BaseTunerLayer.merge() and get_base_layer()",
+        lambda: (
+            takes(BaseTuner.merge_adapter, "adapter_names", "*")
+            and callable(BaseTunerLayer.merge)
+            and callable(BaseTunerLayer.get_base_layer)
+        ),
+    ),
+    Seam(
+        "_compat.py",
+        "BaseTunerLayer.merged_adapters, LoraLayer._caches",
+        lambda: all(
+            f"self.{name}" in inspect.getsource(LoraLayer.__init__) for name in ("merged_adapters", "_caches")
+        ),
     ),
     Seam(
         "trainers/construction.py",

@@ -193,6 +193,23 @@ def adapters_are_off(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in model.modules())
 
 
+@contextmanager
+def forgotten_merge(layer: Any) -> Iterator[None]:
+    """
+    Let a layer of PEFT remember no merge that is made inside: it notes which adapters are in, and DoRA the norms of
+    the weights before. Goes when PEFT returns merged weights and changes nothing.
+    """
+    notes, before = layer.merged_adapters, list(layer.merged_adapters)
+    caches = getattr(layer, "_caches", {})
+    cached = dict(caches)
+    try:
+        yield
+    finally:
+        notes[:] = before
+        caches.clear()
+        caches.update(cached)
+
+
 def extra_fields(generated: tuple) -> dict[str, Any]:
     """
     What a `rollout_func` returned beside tokens and log-probabilities, in the output of TRL's `_generate`.

@@ -7,6 +7,7 @@ import importlib.util
 from sharded.launching import TORCHRUN, TRAIN, Case, Launch, accelerate_launch, of_config
 
 VERIFY = "sharded.verify_sharded"
+SYNC = "sharded.sync_sharded"
 SHARDED = ["ddp", "fsdp2", "zero3"]
 WAYS = {"full": [], "lora": ["--lora"]}
 KEEPS = ["--checkpointing", "non-reentrant"]
@@ -59,7 +60,26 @@ def trainings(config: str, url: str) -> list[Case]:
         found |= {"once": [], "twice": ["--twice"], "fails": ["--fails-on", 1]}
     if config == "zero3":
         found |= {"refused": ["--dense"]}
-    return [Case(name, TRAIN, options) for name, options in found.items()]
+    syncs = synced(config, url) if config in ("single_gpu", *SHARDED) else []
+    return [Case(name, TRAIN, options) for name, options in found.items()] + syncs
+
+
+ADAPTED = {"attention": [], "experts": ["--experts"]}
+
+
+def synced(config: str, url: str) -> list[Case]:
+    """What sends the weights of adapters over a bfloat16 base."""
+    options = [
+        "--lora",
+        "--dtype",
+        "bfloat16",
+        "--rollouts",
+        "mock",
+        "--url",
+        url,
+        *(["--bf16"] if config == "zero3" else []),
+    ]
+    return [Case(f"{config} synced {what}", SYNC, [*options, *ADAPTED[what]]) for what in ADAPTED]
 
 
 def verified(name: str, model: str, *options: str, spoiled: int | str = "none") -> Case:

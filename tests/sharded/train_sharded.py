@@ -115,6 +115,11 @@ class Watched(R3GRPOTrainer):
 def parse(options: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--experts", action="store_true", help="With adapters on the experts, too.")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--bf16", action="store_true", help="Of Accelerate, without which DeepSpeed trains in float32."
+    )
     parser.add_argument("--rollouts", choices=ROLLOUTS, default="told")
     parser.add_argument("--url", help="Of the server, mock or not.")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="Processes that share a colocated engine.")
@@ -179,6 +184,12 @@ def fail_on(rank: int, put: Put) -> None:
     put(discovery, "check_router", check)
 
 
+def adapters(options: argparse.Namespace) -> LoraConfig:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if options.experts else None
+    modules = ["q_proj", "v_proj"]
+    return LoraConfig(r=4, target_modules=modules, target_parameters=parameters, init_lora_weights=False)
+
+
 def make_trainer(folder: Path, name: str, options: argparse.Namespace) -> Watched:
     own = options.rollouts not in ("told", "mock")
     return Watched(
@@ -191,12 +202,12 @@ def make_trainer(folder: Path, name: str, options: argparse.Namespace) -> Watche
             routing_replay_alarm="error" if own else "off",  # nobody's routes fit no tokens
             routing_replay_gating=options.gating,
             use_cpu=True,
-            bf16=False,
+            bf16=options.bf16,
             optim=options.optim,
             learning_rate=0.5 if options.optim == "sgd" else 0.01,
             lr_scheduler_type="constant",
             router_aux_loss_coef=0.0,  # one over a global batch is not the mean of those of its parts
-            model_init_kwargs={"dtype": "float32"},
+            model_init_kwargs={"dtype": options.dtype},
             gradient_checkpointing=options.checkpointing != "none",
             gradient_checkpointing_kwargs={"use_reentrant": options.checkpointing == "reentrant"},
             per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)),
@@ -217,9 +228,7 @@ def make_trainer(folder: Path, name: str, options: argparse.Namespace) -> Watche
         reward_funcs=reward,
         train_dataset=Dataset.from_dict({"prompt": [f"t{30 + i}" + f" t{50 + i}" * (i % 3) for i in range(16)]}),
         processing_class=make_tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        if options.lora
-        else None,
+        peft_config=adapters(options) if options.lora else None,
         rollout_func=play if options.rollouts == "told" else None,
         own_rollouts=own,
     )

@@ -57,8 +57,9 @@ class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):
     With `use_routing_replay=True`, every training forward goes through the experts that the rollout went through: the
     old-policy pass, each update and each recompute of gradient checkpointing. Weights and gradients stay live. Left
     alone are the reference policy, reward models and evaluation, which route live, and everything else that TRL does.
-    With `use_routing_replay=False` it is `GRPOTrainer`, number for number. `use_sampling_mask_replay=True` restricts
-    the training distribution to what truncated sampling left, with or without routing replay.
+    With `use_routing_replay=False` it is `GRPOTrainer`, number for number, but that the base of an adapter keeps
+    its bits when merged weights are sent to vLLM. `use_sampling_mask_replay=True` restricts the training distribution
+    to what truncated sampling left, with or without routing replay.
 
     Args:
         args ([`R3GRPOConfig`], *optional*):

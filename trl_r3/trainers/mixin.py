@@ -11,6 +11,7 @@ from .._compat import buffered_inputs, extra_fields
 from ..engines.continuous_batching import recordable_config
 from ..engines.generate import check_decoding
 from ..engines.turns import Turn
+from ..engines.weight_sync import keep_base
 from ..records.samples import Sample
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
@@ -84,6 +85,8 @@ class RoutingReplayMixin(_Trainer):
         check_setup(config, kwargs.get("model", args[0] if args else None), routes, masks)
         with recording_engine(config, routes, masks):
             super().__init__(*args, **kwargs)
+        if self.use_vllm:
+            keep_base(self.vllm_generation)
         if not masks:
             warn_of_truncation(self)
         if not routes and not masks:
