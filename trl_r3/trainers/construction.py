@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from trl.import_utils import is_vllm_available
 
+from ..engines.continuous_batching import recordable_config
+from ..engines.generate import check_decoding
 from ..engines.vllm_colocate import recording_llm
 from ..engines.vllm_masks import check_mask_settings
 from ..engines.vllm_server import recording_client
@@ -131,14 +133,28 @@ def warn_if_off(trainer: type, config: Any) -> None:
     )
 
 
-def warn_of_cast(trainer: Any) -> None:
+def check_generation(trainer: Any, routes: bool) -> None:
     """
-    Say once, at construction, that TRL rounds the weights it trains when continuous batching first generates.
+    Refuse rollouts of the policy itself that could not be recorded.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
-            One that generates by continuous batching.
+            The trainer, constructed.
+        routes (`bool`):
+            Whether experts are recorded.
+
+    Raises:
+        `ValueError`: Naming the setting.
     """
+    if trainer.continuous_batching_config is not None:
+        recordable_config(trainer.continuous_batching_config)
+        _warn_of_cast(trainer)
+    elif routes and not trainer.use_vllm:
+        check_decoding(trainer.model, {"generation_config": trainer.generation_config})
+
+
+def _warn_of_cast(trainer: Any) -> None:
+    """Say once that TRL rounds the weights it trains when continuous batching first generates."""
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
     wider = [each for each in trainer.model.state_dict().values() if each.dtype in (torch.float32, torch.float64)]
     if dtype is None or not wider:
@@ -149,7 +165,7 @@ def warn_of_cast(trainer: Any) -> None:
         f"{dtype} for good when continuous batching first generates, selection biases of routers included. Load the "
         f"policy in {dtype} to train what you see, set `{setting}=False`, or leave continuous batching out.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

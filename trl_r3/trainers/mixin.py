@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .._compat import buffered_inputs, extra_fields
-from ..engines.continuous_batching import recordable_config
-from ..engines.generate import check_decoding
 from ..engines.turns import Turn
 from ..engines.weight_sync import keep_base
 from ..records.samples import Sample
@@ -17,13 +15,13 @@ from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
 from .checkpoints import whole_checkpoint
 from .construction import (
+    check_generation,
     check_parent,
     check_setup,
     check_shards,
     config_from,
     recording_engine,
     warn_if_off,
-    warn_of_cast,
 )
 from .live_comparison import compare_with_live
 from .log import counted_tokens, raise_together, warn_of_truncation
@@ -92,11 +90,7 @@ class RoutingReplayMixin(_Trainer):
         if not routes and not masks:
             warn_if_off(type(self), config)
             return
-        if self.continuous_batching_config is not None:
-            recordable_config(self.continuous_batching_config)
-            warn_of_cast(self)
-        elif routes and not self.use_vllm:
-            check_decoding(self.model, {"generation_config": self.generation_config})
+        check_generation(self, routes)
         session = ReplaySession(self, routes, masks, self.kept_rollouts)
         if routes:
             check_shards(self.accelerator)
