@@ -315,8 +315,21 @@ def scoring_head(head: Any) -> Iterator[None]:
 
 def is_causal_lm(config: Any) -> bool:
     """
-    Whether `AutoModelForCausalLM` builds a model of this config. Goes when it has a public way to ask.
+    Whether `AutoModelForCausalLM` builds a model of this config: one of its own, or one whose code came with the
+    config. Goes when it has a public way to ask.
     """
     from transformers import AutoModelForCausalLM
 
+    if type(config).__module__.startswith("transformers_modules."):
+        return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def has_model(config: Any) -> bool:
+    """
+    Whether Transformers itself builds a model for text, or for text and images, of this config. Goes when its auto
+    classes have a public way to ask.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return any(type(config) in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForImageTextToText))

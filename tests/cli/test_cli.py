@@ -111,14 +111,14 @@ def test_check_of_an_id_without_weights_here(tmp_path, capsys, monkeypatch):
     """Nothing is downloaded but the config."""
     from trl_r3.cli import check
 
-    def not_here(name, dtype, device, downloads):
+    def not_here(name, dtype, device, downloads, trust_remote_code):
         assert not downloads
         raise OSError("no such file in the cache")
 
     config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)
     monkeypatch.setattr(check, "load_model", not_here)
     monkeypatch.setattr(check, "adapter_base", lambda name: None)
-    monkeypatch.setattr(check, "load_config", lambda name: config)
+    monkeypatch.setattr(check, "load_config", lambda name, trust_remote_code: config)
     assert cli.main(["check", "org/model"]) == 0
     assert "a narrow twin of the config of org/model" in capsys.readouterr().out
 
@@ -149,7 +149,7 @@ def test_bad_input_is_one_sentence(command, saved, tmp_path, capsys):
     capsys.readouterr()
     for arguments, said in (
         ([dense], "LlamaForCausalLM is a dense model"),
-        ([nothing], "cannot be loaded"),
+        ([nothing], "nothing cannot be loaded: there is no such folder"),
         ([torn], "torn cannot be loaded"),
         ([dense, "--dtype", "float33"], "'float33', which is no torch dtype"),
         ([dense, "--device", "abacus"], "`--device` is 'abacus'"),

@@ -253,7 +253,11 @@ def test_bad_settings(options, says, capsys):
 
 def test_bad_models(tmp_path, capsys):
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "dense")
-    for name, says in ((tmp_path / "dense", "dense model"), (tmp_path / "none", "no config that can be read")):
+    for name, says in (
+        (tmp_path / "dense", "dense model"),
+        (tmp_path / "none", "there is no such folder"),
+        (tmp_path, "no config that can be read"),
+    ):
         assert cli.main(["plan", "--model", str(name), "--prompts", "2"]) == 2
         printed = capsys.readouterr().err
         assert says in printed

@@ -18,12 +18,12 @@ from ..records.metrics import changed_layers
 from ..routers.router_replay import RouterReplay
 from ..routers.self_check import UnsupportedRouterError
 from .models import LoadedModel, adapter_base, load_config, load_model, parse_device, parse_dtype, refuse_dense_model
-from .twin import HIDDEN_SIZE, VOCABULARY, narrow_twin
+from .twin import HIDDEN_SIZE, VOCABULARY, narrow_twin, one_thread
 
 TOKENS = (8, 4)  # batch, length of what is scored; short, for a collapsed router may repeat itself
 
 
-def main(name: str, dtype: str, device: str) -> int:
+def main(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> int:
     """
     Check a model and print what was found.
 
@@ -35,6 +35,8 @@ def main(name: str, dtype: str, device: str) -> int:
             `"auto"`, or the name of a torch dtype.
         device (`str`):
             Device to load it on.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the checkpoint is run.
 
     Returns:
         `int`: Exit status: 0 if replay works, 1 if it does not.
@@ -42,7 +44,15 @@ def main(name: str, dtype: str, device: str) -> int:
     Raises:
         [`BadInput`]: If there is no such model, or if it is dense.
     """
-    loaded = weights_or_twin(name, dtype, device)
+    loaded = load_weights(name, dtype, device, trust_remote_code)
+    if loaded is not None:
+        return _try_replay(loaded)
+    with one_thread():
+        return _try_replay(load_twin(name, dtype, device, trust_remote_code))
+
+
+def _try_replay(loaded: LoadedModel) -> int:
+    """Attach, replay and print; the exit status."""
     model = loaded.model
     try:
         replay = RouterReplay(model)
@@ -64,15 +74,21 @@ def main(name: str, dtype: str, device: str) -> int:
     return 0
 
 
-def weights_or_twin(name: str, dtype: str, device: str) -> LoadedModel:
-    """The model with its weights where they are on this machine, else a narrow twin of its config."""
+def load_weights(name: str, dtype: str, device: str, trust_remote_code: bool) -> LoadedModel | None:
+    """The model with its weights, where they are on this machine."""
     folder = Path(name)
-    if not folder.exists() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-        try:
-            return load_model(name, dtype, device, downloads=folder.exists())
-        except OSError:  # an id whose weights were not downloaded
-            pass
-    twin = narrow_twin(load_config(adapter_base(name) or name), name)
+    if folder.exists() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        return None
+    try:
+        return load_model(name, dtype, device, downloads=folder.exists(), trust_remote_code=trust_remote_code)
+    except OSError:  # an id whose weights were not downloaded
+        return None
+
+
+def load_twin(name: str, dtype: str, device: str, trust_remote_code: bool) -> LoadedModel:
+    """A narrow twin of the config of a model."""
+    config = load_config(adapter_base(name) or name, trust_remote_code)
+    twin = narrow_twin(config, name, trust_remote_code)
     refuse_dense_model(twin)
     twin = twin.to(parse_device(device), dtype=None if dtype == "auto" else parse_dtype(dtype))
     widths = f"hidden size {HIDDEN_SIZE}, vocabulary {VOCABULARY}, random weights"

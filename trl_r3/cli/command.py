@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("model", help="id on the Hugging Face Hub, or a local folder")
     check.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
     check.add_argument("--device", default="cpu", help="device to load it on (default: cpu)")
+    _add_trust(check)
 
     verify = commands.add_parser("verify", help="let an engine sample, and hold its routes against training")
     verify.add_argument("model", help="id on the Hugging Face Hub, a local folder, or that of a LoRA adapter")
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--trace", type=Path, default=None, help="a trace of a run to replay, instead of an engine")
     verify.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
     verify.add_argument("--device", default=None, help="of the training forward (default: cpu, or that of the trace)")
+    _add_trust(verify)
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     _add_plan(commands)
@@ -94,7 +96,17 @@ def _add_plan(commands: Any) -> None:
         action="store_true",
         help="with `routing_replay_spill_dir`: records in files while they are trained on",
     )
+    _add_trust(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_trust(command: Any) -> None:
+    command.add_argument(
+        "--trust-remote-code",
+        "--trust_remote_code",  # as TRL's scripts spell it
+        action="store_true",
+        help="run code that comes with the checkpoint, where its config names some (default: refuse it)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +145,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from . import check
 
-    return check.main(args.model, args.dtype, args.device)
+    return check.main(args.model, args.dtype, args.device, args.trust_remote_code)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -142,8 +154,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.trace is not None:
         from .verify import from_trace
 
-        return from_trace.main(args.model, args.trace, args.device, args.json)
-    return verify.main(args.model, args.engine, args.url, args.dtype, args.device, args.json)
+        return from_trace.main(args.model, args.trace, args.device, args.json, args.trust_remote_code)
+    return verify.main(args.model, args.engine, args.url, args.dtype, args.device, args.json, args.trust_remote_code)
 
 
 def _plan(args: argparse.Namespace) -> int:

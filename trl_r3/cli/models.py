@@ -13,6 +13,7 @@ from .._compat import is_causal_lm
 from ..routers.discovery import refuse_dense
 from ..routers.self_check import UnsupportedRouterError
 from .bad_input import BadInput, first_line
+from .configs import needs_code, read_config, refuse_missing_folder
 
 
 @dataclass
@@ -41,7 +42,14 @@ class LoadedModel:
         return (self.forward or self.model)(**kwargs)
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = "cpu", *, downloads: bool = True) -> LoadedModel:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str | None = "cpu",
+    *,
+    downloads: bool = True,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """
     Load a causal LM by its id or folder, one behind a vision tower included, or an adapter on top of its base.
 
@@ -54,6 +62,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = "cpu", *, do
             Device to load it on; `None` leaves it where the loader puts it.
         downloads (`bool`, *optional*, defaults to `True`):
             Whether weights that are not on this machine are downloaded.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the checkpoint is run.
 
     Returns:
         [`LoadedModel`].
@@ -65,7 +75,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = "cpu", *, do
     torch_dtype, place = parse_dtype(dtype), None if device is None else parse_device(device)
     base = adapter_base(name)
     try:
-        model = _from_pretrained(base or name, torch_dtype, downloads)
+        model = _from_pretrained(base or name, torch_dtype, downloads, trust_remote_code)
         if base is not None:
             from peft import PeftModel
 
@@ -100,17 +110,15 @@ def parse_device(name: str) -> torch.device:
         raise BadInput(f"`--device` is {name!r}, which is not here: {first_line(error)}.") from error
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """
     The config of a model by its id or folder.
 
     Raises:
-        [`BadInput`]: If there is none.
+        [`BadInput`]: If there is none, or as [`~trl_r3.cli.configs.read_config`].
     """
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(name)
+        return read_config(name, trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(_unloadable(name, error)) from error
 
@@ -133,6 +141,7 @@ def adapter_base(name: str) -> str | None:
     """The model that an adapter was trained on, or `None` where `name` is a model itself."""
     from transformers.utils import find_adapter_config_file
 
+    refuse_missing_folder(name)
     folder = Path(name)
     if (folder / "config.json").exists() or (folder.exists() and not (folder / "adapter_config.json").exists()):
         return None
@@ -149,13 +158,14 @@ def adapter_base(name: str) -> str | None:
 
 
 def _unloadable(name: str, error: Exception) -> str:
-    is_path = Path(name).is_absolute() or name.startswith(".")
-    fact = "there is no such folder" if is_path and not Path(name).exists() else first_line(error)
-    return f"{name} cannot be loaded: {fact}. Pass a folder with a model, or its id on the Hub."
+    if "trust_remote_code=True" in str(error):  # of parts that no config names
+        return str(needs_code(name, first_line(error)))
+    return f"{name} cannot be loaded: {first_line(error)}. Pass a folder with a model, or its id on the Hub."
 
 
-def _from_pretrained(name: str, dtype: Any, downloads: bool) -> Any:
+def _from_pretrained(name: str, dtype: Any, downloads: bool, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    auto = AutoModelForCausalLM if is_causal_lm(load_config(name)) else AutoModelForImageTextToText
-    return auto.from_pretrained(name, dtype=dtype, local_files_only=not downloads)
+    config = load_config(name, trust_remote_code)
+    auto = AutoModelForCausalLM if is_causal_lm(config) else AutoModelForImageTextToText
+    return auto.from_pretrained(name, dtype=dtype, local_files_only=not downloads, trust_remote_code=trust_remote_code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,13 @@ _WIDTHS: dict[str, Any] = {
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_hidden_size", "moe_latent_size"), 16),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "router_hidden_size"), 16),
     **{"linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    # Mamba's: heads times the size of a head is the hidden size, expanded, and groups divide the heads
+    **dict.fromkeys(("mamba_expand", "expand"), 2),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 2 * HIDDEN_SIZE // 4),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank"), 16),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),  # tokens that are padded to and computed at once
     "initializer_range": 0.1,
     "num_mtp_layers": 0,
     "num_nextn_predict_layers": 0,
@@ -44,7 +53,7 @@ _TOWERS: dict[str, Any] = {
 }
 
 
-def narrow_twin(config: Any, name: str) -> Any:
+def narrow_twin(config: Any, name: str, trust_remote_code: bool = False) -> Any:
     """
     Build a twin with random weights.
 
@@ -54,6 +63,8 @@ def narrow_twin(config: Any, name: str) -> Any:
             has towers of one layer.
         name (`str`):
             What errors call it.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the config is run.
 
     Returns:
         `torch.nn.Module`: In evaluation mode, in float32.
@@ -72,7 +83,7 @@ def narrow_twin(config: Any, name: str) -> Any:
             narrow = narrow_config(text, heads) if is_alone else _with_low_towers(config, heads)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = auto.from_config(narrow, dtype=torch.float32).eval()
+                model = auto.from_config(narrow, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
             _score_a_token(model)
         except Exception as error:  # whatever a config may raise whose sizes do not fit each other
             errors.append(error)
@@ -82,6 +93,17 @@ def narrow_twin(config: Any, name: str) -> Any:
         f"{name} has no weights on this machine, and its config cannot be made narrow: {first_line(errors[0])}. Pass "
         "a folder with its weights."
     ) from errors[0]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let one thread compute: what a twin computes is too small for more, which wait for each other by spinning."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _with_low_towers(config: Any, heads: int | None) -> Any:
@@ -110,7 +132,9 @@ def narrow_config(config: Any, heads: int | None) -> Any:
         values |= {key: _keys_for(config, key, heads) for key in _KEY_HEADS if _has(config, key)}
     for key, value in values.items():
         old = getattr(narrow, key)
-        setattr(narrow, key, [value] * len(old) if isinstance(old, (list, tuple)) else value)
+        # a list of widths has one for each layer; a list of tokens is a choice of them, for which one serves
+        by_layer = isinstance(old, (list, tuple)) and not key.endswith("_token_id")
+        setattr(narrow, key, [value] * len(old) if by_layer else value)
     return narrow
 
 

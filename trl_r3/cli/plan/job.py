@@ -49,6 +49,8 @@ class Job:
             GB a second from host to device.
         spill (`bool`):
             Whether `routing_replay_spill_dir` is set.
+        trust_remote_code (`bool`):
+            Whether code that comes with the config is run.
     """
 
     prompts: int
@@ -69,6 +71,7 @@ class Job:
     engine_tensor_parallel: int = 1
     bandwidth: float = 25.0
     spill: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:

@@ -16,7 +16,9 @@ from ..._compat import is_causal_lm
 from ...records.record import RoutingLayout
 from ...routers.discovery import refuse_dense
 from ...routers.router_replay import RouterReplay
-from ..twin import narrow_twin
+from ..bad_input import BadInput
+from ..configs import read_config
+from ..twin import narrow_twin, one_thread
 from .job import Job, PlanError
 
 
@@ -70,12 +72,13 @@ def read_model(name: str, job: Job) -> ModelFacts:
     Raises:
         [`PlanError`]: If there is no such config, or it is not of a mixture of experts that can be replayed.
     """
-    config = _read_config(name)
+    trusted = job.trust_remote_code
+    config = _read_config(name, trusted)
     try:
-        model = _without_weights(config)
+        model = _without_weights(config, trusted)
         refuse_dense(model)
         # found by the package's own search, as a job finds it: on a twin of the real depth, experts and top-k
-        with RouterReplay(narrow_twin(config, name), "intercept") as replay:
+        with one_thread(), RouterReplay(narrow_twin(config, name, trusted), "intercept") as replay:
             layout = replay.layout
     except Exception as error:  # noqa: BLE001
         # the model's own code has run, on a twin that it may not expect
@@ -96,11 +99,11 @@ def read_model(name: str, job: Job) -> ModelFacts:
     )
 
 
-def _read_config(name: str) -> Any:
-    from transformers import AutoConfig
-
+def _read_config(name: str, trust_remote_code: bool) -> Any:
     try:
-        return AutoConfig.from_pretrained(name)
+        return read_config(name, trust_remote_code)
+    except BadInput as error:
+        raise PlanError(str(error)) from error
     except (OSError, ValueError) as error:
         raise PlanError(
             f"{name} has no config that can be read ({_one_line(error)}): pass a folder with a config.json, such as "
@@ -112,14 +115,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300].rstrip(".")
 
 
-def _without_weights(config: Any) -> Any:
+def _without_weights(config: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     causal = is_causal_lm(config)
     named = (getattr(config, "architectures", None) or [""])[0]
     auto = AutoModelForCausalLM if causal and not named.endswith("ForConditionalGeneration") else None
     with torch.device("meta"):
-        return (auto or AutoModelForImageTextToText).from_config(config, dtype=torch.float32)
+        return (auto or AutoModelForImageTextToText).from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
 
 
 def _adapters(model: Any, job: Job, name: str) -> int:

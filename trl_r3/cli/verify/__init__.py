@@ -24,7 +24,7 @@ from .findings import Finding
 from .launch import Launch
 from .logprobs import candidates, logprobs_finding
 from .rows import check_rollout_rows
-from .samplers import continuous_rollout, server_rollout, transformers_rollout, vllm_rollout
+from .samplers import check_engine, continuous_rollout, server_rollout, transformers_rollout, vllm_rollout
 from .sampling import Sampling, VerifiedRollout, generated_prompts
 from .table import Layer, Report, print_report
 from .training import CHECKPOINTING, Batch, padding_k3, replayed_gradients, score, score_replayed
@@ -33,7 +33,15 @@ ENGINES = ("transformers", "continuous", "vllm", "server")
 _OF_ONE_PROCESS = ("continuous", "vllm")
 
 
-def main(name: str, engine: str, url: str | None, dtype: str, device: str | None, as_json: bool) -> int:
+def main(
+    name: str,
+    engine: str,
+    url: str | None,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+    trust_remote_code: bool = False,
+) -> int:
     """
     Verify a model with an engine, and print what was found.
 
@@ -50,6 +58,8 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str | None
             Device of the training forward: the CPU by default, that of each process in a launch of several.
         as_json (`bool`):
             Whether to print JSON instead of a table.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the checkpoint is run.
 
     Returns:
         `int`: Exit status: 0 if everything that could be judged is right, 1 if something is wrong.
@@ -66,7 +76,8 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str | None
                 f"`--engine {engine}` runs in one process, this launch has {launch.accelerator.num_processes}. Pass "
                 "`--engine transformers`, or serve the model and pass `--engine server`."
             )
-        loaded = launch.load(name, dtype, device)
+        check_engine(engine, url)  # before minutes of loading
+        loaded = launch.load(name, dtype, device, trust_remote_code)
         try:
             replay = RouterReplay(loaded.model)
         except UnsupportedRouterError as error:
@@ -74,7 +85,7 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str | None
             return 1
         try:
             with replay:
-                rollout = sample(loaded, name, replay, engine, url, launch.process)
+                rollout = sample(loaded, name, replay, engine, url, launch.process, trust_remote_code)
                 report = launch.report_of_all(verify(loaded, replay, rollout))
         except RuntimeError as error:  # what an engine or replay refuses to go on with
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -90,7 +101,13 @@ def main(name: str, engine: str, url: str | None, dtype: str, device: str | None
 
 
 def sample(
-    loaded: LoadedModel, name: str, replay: RouterReplay, engine: str, url: str | None, seed: int = 0
+    loaded: LoadedModel,
+    name: str,
+    replay: RouterReplay,
+    engine: str,
+    url: str | None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> VerifiedRollout:
     """A few prompts through an engine."""
     sampling = Sampling(generated_prompts(loaded.model, seed))
@@ -99,7 +116,7 @@ def sample(
         assert url is not None  # main() has refused that
         return server_rollout(url, sampling)
     if engine == "vllm":
-        return vllm_rollout(loaded.model, name, sampling)
+        return vllm_rollout(loaded.model, name, sampling, trust_remote_code)
     if engine == "continuous":
         return continuous_rollout(loaded.model, replay, sampling)
     return transformers_rollout(loaded.model, replay, sampling)

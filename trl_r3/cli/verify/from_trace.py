@@ -19,7 +19,9 @@ from ..bad_input import BadInput
 from ..models import load_model
 
 
-def main(name: str, path: Path, device: str | None = None, as_json: bool = False) -> int:
+def main(
+    name: str, path: Path, device: str | None = None, as_json: bool = False, trust_remote_code: bool = False
+) -> int:
     """
     Replay a trace and print whether its log-probabilities come back.
 
@@ -32,6 +34,8 @@ def main(name: str, path: Path, device: str | None = None, as_json: bool = False
             Device to load the model on; that of the trace by default.
         as_json (`bool`, *optional*, defaults to `False`):
             Whether to print JSON.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the checkpoint is run.
 
     Returns:
         `int`: Exit status: 0 if every bit comes back, 1 if one does not.
@@ -41,7 +45,7 @@ def main(name: str, path: Path, device: str | None = None, as_json: bool = False
     """
     try:
         trace = load_trace(path)
-        model = _model(name, trace, device or trace.facts.device)
+        model = _model(name, trace, device or trace.facts.device, trust_remote_code)
         found = verify_trace(model, trace)
     except UnsupportedRouterError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -52,11 +56,11 @@ def main(name: str, path: Path, device: str | None = None, as_json: bool = False
     return 0 if found.matches else 1
 
 
-def _model(name: str, trace: Trace, device: str) -> Any:
+def _model(name: str, trace: Trace, device: str, trust_remote_code: bool) -> Any:
     """The model, computing as in the trace."""
     facts = trace.facts
     dtype = facts.dtype if isinstance(getattr(torch, facts.dtype, None), torch.dtype) else "auto"
-    model = load_model(name, dtype).model
+    model = load_model(name, dtype, trust_remote_code=trust_remote_code).model
     if facts.model_type == model.config.model_type:  # else it will be refused
         model.set_attn_implementation(facts.attention)
         model.set_experts_implementation(facts.experts)

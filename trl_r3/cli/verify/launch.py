@@ -49,7 +49,7 @@ class Launch:
             return "ZeRO-3" if state.deepspeed_plugin.zero_stage == 3 else None
         return f"FSDP{state.fsdp_plugin.fsdp_version}" if state.distributed_type is DistributedType.FSDP else None
 
-    def load(self, name: str, dtype: str, device: str | None) -> LoadedModel:
+    def load(self, name: str, dtype: str, device: str | None, trust_remote_code: bool = False) -> LoadedModel:
         """
         Load a model as training has it.
 
@@ -60,6 +60,8 @@ class Launch:
                 `"auto"`, or the name of a torch dtype.
             device (`str`, *optional*):
                 Device, the CPU by default; a launch has its own.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Whether code that comes with the checkpoint is run.
 
         Returns:
             [`~trl_r3.cli.models.LoadedModel`]: With `forward`, where Accelerate has wrapped or sharded it.
@@ -68,7 +70,7 @@ class Launch:
             [`BadInput`]: As [`~trl_r3.cli.models.load_model`], or if a launch is given a device, or the first FSDP.
         """
         if self.accelerator is None:
-            return load_model(name, dtype, device or "cpu")
+            return load_model(name, dtype, device or "cpu", trust_remote_code=trust_remote_code)
         if device is not None:
             raise BadInput(f"`--device` is {device!r}, but a launch gives each process its own. Leave it out.")
         if self.sharding == "FSDP1":
@@ -76,10 +78,10 @@ class Launch:
                 "`fsdp_version` is 1, routing replay needs 2. Set `fsdp_version: 2` in the launch's config."
             )
         if self.sharding is None:
-            loaded = load_model(name, dtype, str(self.accelerator.device))
+            loaded = load_model(name, dtype, str(self.accelerator.device), trust_remote_code=trust_remote_code)
             forward = self.accelerator.prepare_model(loaded.model, evaluation_mode=True)
             return replace(loaded, forward=forward)
-        loaded = load_model(name, dtype, None)
+        loaded = load_model(name, dtype, None, trust_remote_code=trust_remote_code)
         forward = _sharded(self.accelerator, loaded.model)
         model = self.accelerator.unwrap_model(forward).requires_grad_(False)
         register_fsdp_forward_method(model, "generate")  # as Trainer does: that of an adapter runs the model inside it

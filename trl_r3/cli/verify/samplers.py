@@ -97,8 +97,32 @@ def _generation_config(model: Any, sampling: Sampling) -> GenerationConfig:
     )
 
 
-def vllm_rollout(model: Any, name: str, sampling: Sampling) -> VerifiedRollout:
-    """By a vLLM in this process, which loads the weights of `name` itself, or those of an adapter merged into them."""
+def check_engine(engine: str, url: str | None) -> None:
+    """
+    Refuse an engine that is not here.
+
+    Args:
+        engine (`str`):
+            One of `ENGINES` of the command.
+        url (`str`, *optional*):
+            Of the server, with `engine="server"`.
+
+    Raises:
+        [`BadInput`]: If vLLM is not installed, or no server answers that returns routes.
+    """
+    if engine == "vllm":
+        _import_vllm()
+    if engine == "server":
+        from ...engines.vllm_server import RecordingVLLMClient
+
+        try:
+            RecordingVLLMClient(base_url=url, routes=True)
+        except Exception as error:  # TRL raises plain ones for what the server answers
+            raise _no_server(url, error) from error
+
+
+def _import_vllm() -> Any:
+    """vLLM, of a version that can be used."""
     try:
         import vllm
     except ImportError as error:
@@ -109,6 +133,12 @@ def vllm_rollout(model: Any, name: str, sampling: Sampling) -> VerifiedRollout:
         check_vllm_version(vllm.__version__)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    return vllm
+
+
+def vllm_rollout(model: Any, name: str, sampling: Sampling, trust_remote_code: bool = False) -> VerifiedRollout:
+    """By a vLLM in this process, which loads the weights of `name` itself, or those of an adapter merged into them."""
+    vllm = _import_vllm()
     try:
         with _plain_weights(model, name) as folder:
             llm = vllm.LLM(
@@ -116,6 +146,7 @@ def vllm_rollout(model: Any, name: str, sampling: Sampling) -> VerifiedRollout:
                 **vllm_engine_kwargs(vllm.__version__),
                 dtype=str(model.dtype).removeprefix("torch."),
                 skip_tokenizer_init=True,
+                trust_remote_code=trust_remote_code,
                 enforce_eager=True,
                 gpu_memory_utilization=_SHARE_OF_GPU,
                 max_model_len=sampling.longest,
@@ -169,6 +200,10 @@ def _decoded(decode: Callable[[Any], Any], answer: Any, notes: list[str]) -> Any
         return None
 
 
+def _no_server(url: str | None, error: Exception) -> BadInput:
+    return BadInput(f"no server to verify at {url}: {first_line(error)}.")
+
+
 @contextmanager
 def _plain_weights(model: Any, name: str) -> Iterator[str]:
     """A folder or an id that vLLM can load: that of the model, or one with its adapter merged into a copy."""
@@ -211,7 +246,7 @@ def server_rollout(url: str, sampling: Sampling) -> VerifiedRollout:
             routes += [ids if len(ids) else None for ids in client.take_routes()]
             logprobs += _sampled(answer)
     except Exception as error:  # TRL raises plain ones for what the server answers
-        raise BadInput(f"no server to verify at {url}: {first_line(error)}.") from error
+        raise _no_server(url, error) from error
     return VerifiedRollout(
         f"vLLM {version} at {url}",
         prompts,
