@@ -21,6 +21,7 @@ from trl_r3.cli import command as cli
 from trl_r3.cli.demo.policy import qwen3_config
 from trl_r3.cli.models import LoadedModel
 from trl_r3.cli.verify import sample, samplers, training, verify
+from trl_r3.cli.verify.launch import Launch
 from trl_r3.cli.verify.samplers import continuous_rollout, transformers_rollout
 from trl_r3.cli.verify.sampling import TEMPERATURE, Sampling, generated_prompts
 from trl_r3.routers import router_replay
@@ -415,6 +416,16 @@ def test_vllm_that_is_not_installed(folder, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     assert cli.main(["verify", str(folder), "--engine", "vllm"]) == 2
     assert "vLLM is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", [["vllm"], ["server", "--url", "http://127.0.0.1:9"]], ids=lambda engine: engine[0])
+def test_an_engine_that_is_not_here_is_told_before_the_model_is_loaded(engine, monkeypatch, client, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setattr(Launch, "load", lambda *args: pytest.fail("the model is loaded"))
+    assert cli.main(["verify", "org/a-model-of-minutes", "--engine", *engine]) == 2
+    printed = capsys.readouterr()
+    assert "vLLM is not installed" in printed.err or "no server to verify at http://127.0.0.1:9: " in printed.err
+    assert printed.out == ""
 
 
 def test_an_engine_that_gives_up(folder, monkeypatch, capsys):
