@@ -9,6 +9,7 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 
@@ -161,10 +162,30 @@ def test_public_names():
     (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
     imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
     assert sorted(alias.name for node in imports for alias in node.names) == trl_r3.__all__
-    assert trl_r3.__version__ == metadata.version("trl-r3")
     assert set(trl_r3.__all__) <= set(dir(trl_r3))
     with pytest.raises(AttributeError, match="no attribute 'R4Trainer'"):
         trl_r3.R4Trainer  # noqa: B018
+
+
+def test_the_version_is_that_of_the_code_that_runs(tmp_path):
+    """A checkout that is not installed has one, and so has a copy; an installation tells that of its metadata."""
+    script = "import trl_r3, trl_r3.traces.trace_conditions as c; print(trl_r3.__version__, c.__version__)"
+
+    def said(folder: Path) -> str:
+        # without site-packages of its own, in which this very package may be installed
+        names = "import sys, importlib.metadata as m; own = m.Distribution.from_name\n"
+        hidden = "m.Distribution.from_name = lambda name: own('no-' + name if 'r3' in name else name)\n"
+        command = [sys.executable, "-c", f"{names}{hidden}sys.path.insert(0, {str(folder)!r})\n{script}"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    copytree(PACKAGE, tmp_path / "trl_r3", ignore=ignore_patterns("__pycache__"))
+    assert said(tmp_path) == "unknown unknown"
+    (tmp_path / "setup.cfg").write_text("[metadata]\nname = another\nversion = 7\n")
+    assert said(tmp_path) == "unknown unknown"
+    (tmp_path / "setup.cfg").write_text("[metadata]\nname = trl-r3\nversion = 9.9.9\n")
+    assert said(tmp_path) == "9.9.9 9.9.9"
+    (ROOT / "setup.cfg").exists() or pytest.skip("this is no checkout")
+    assert metadata.version("trl-r3") == trl_r3.__version__
 
 
 def test_importing_the_package_does_not_import_trl():

@@ -1,6 +1,8 @@
 """Rollout Routing Replay (R3): train a mixture of experts through the experts that its rollouts used."""
 
+from configparser import ConfigParser
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,10 +78,22 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return metadata.version("trl-r3")  # which setup.cfg has
+        return _version()
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+
+
+def _version() -> str:
+    """That in the `setup.cfg` of the checkout which runs, else that of the installation; a copy may have neither."""
+    checkout = ConfigParser()
+    checkout.read(Path(__file__).parents[1] / "setup.cfg", encoding="utf-8")
+    if checkout.get("metadata", "name", fallback=None) == "trl-r3":
+        return checkout.get("metadata", "version")
+    try:
+        return metadata.version("trl-r3")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from .._compat import implementations
 from ..routers.gated import GatedRouter
 from ..routers.router_replay import RouterReplay
@@ -62,7 +63,10 @@ def conditions(model: nn.Module) -> dict[str, Any]:
         else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "trl-r3")},
+        "versions": {
+            **{name: version(name) for name in ("torch", "transformers", "trl")},
+            "trl-r3": __version__,  # of a checkout, too, which no metadata tells of
+        },
     }
 
 
