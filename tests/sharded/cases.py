@@ -110,11 +110,16 @@ def attached() -> list[Case]:
     return [Case(f"{name} {gating}", scripts[name], [gating]) for name, gating in pairs]
 
 
+def biased(config: str) -> list[Case]:
+    """Routers with a selection bias, under every config of FSDP2."""
+    return [Case(f"{config} biased", "sharded.train_biased", [])] if config.startswith("fsdp2") else []
+
+
 def launches(url: str) -> dict[str, Launch]:
     """Each config is launched once, as users launch it."""
     found = {"single_gpu": Launch(of_config("single_gpu", 1), trainings("single_gpu", url), 1)}
     for config in ("ddp", "fsdp2", "fsdp2_activation_checkpointing", "zero2", "zero3"):
-        found[config] = Launch(of_config(config), trainings(config, url) + VERIFIED.get(config, []))
+        found[config] = Launch(of_config(config), trainings(config, url) + VERIFIED.get(config, []) + biased(config))
     settings = ["--use_deepspeed", "--deepspeed_config_file", "zero3.json", "--zero3_init_flag", "true"]
     found["zero3.json"] = Launch(accelerate_launch(settings), [verified("zero3", "model", "--json")])
     return {**found, "attached": Launch(TORCHRUN, attached())}

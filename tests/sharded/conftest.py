@@ -10,6 +10,7 @@ from engines.tiny_chat import tiny_qwen3_moe
 from peft import LoraConfig, get_peft_model
 from sharded.cases import launches
 from sharded.launching import Results, once, shared_folder
+from sharded.train_biased import biased_deepseek
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 # as users of Transformers have it; the threshold lets DeepSpeed partition weights as small as these
@@ -44,6 +45,7 @@ def folder(tmp_path_factory):
             sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
             dense = Qwen3Config(**sizes, head_dim=16, num_attention_heads=2, num_key_value_heads=2)
             Qwen3ForCausalLM(dense).save_pretrained(folder / "dense")
+            biased_deepseek().save_pretrained(folder / "biased")
             (folder / "zero3.json").write_text(json.dumps(ZERO3))
     return folder
 

@@ -9,7 +9,8 @@ import torch
 from engines.tiny_chat import tiny_qwen3_moe
 from safetensors.torch import load_file
 from sharded.cases import RUNS, WAYS
-from sharded.launching import KINDS, needs_deepspeed
+from sharded.launching import CONFIGS, KINDS, needs_deepspeed
+from sharded.train_biased import bias_of, biased_deepseek
 
 STEPS = 4
 
@@ -110,6 +111,15 @@ def test_sampling_masks_of_sharded_policies(results, config):
     for report in results(f"{config} own masks"):
         found = [log["sampling/k3_kl"] for log in report["log"] if log.get("sampling/k3_kl") is not None]
         assert found and max(found) <= 1e-10
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("fsdp2*.yaml")))
+def test_routers_with_a_selection_bias(results, config):
+    """Buffers are no weights that FSDP2 shards: each process has all of it."""
+    expected = bias_of(biased_deepseek()).tolist()
+    for report in results(f"{config} biased"):
+        assert (report["kind"], report["steps"], report["replayed"]) == ("FSDP", 1, 1)
+        assert report["bias"] == expected and len(set(expected)) == 8
 
 
 def test_training_goes_on_with_shards(results):
