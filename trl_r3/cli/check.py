@@ -18,6 +18,7 @@ from ..records.metrics import changed_layers
 from ..routers.router_replay import RouterReplay
 from ..routers.self_check import UnsupportedRouterError
 from .models import LoadedModel, adapter_base, load_config, load_model, parse_device, parse_dtype, refuse_dense_model
+from .quantization import quantization_note
 from .twin import HIDDEN_SIZE, VOCABULARY, narrow_twin, one_thread
 
 TOKENS = (8, 4)  # batch, length of what is scored; short, for a collapsed router may repeat itself
@@ -66,6 +67,8 @@ def _try_replay(loaded: LoadedModel) -> int:
     console = Console(soft_wrap=True)
     console.print(_table(model, replay, findings))
     console.print(f"Checked on {loaded.origin}.", markup=False)
+    if loaded.quantization is not None:
+        console.print(loaded.quantization, markup=False)
     failed = [what for what, (passed, _) in findings.items() if not passed]
     if failed:
         print(f"replay of {' and '.join(failed)} does not do what it should, see above.", file=sys.stderr)
@@ -92,7 +95,9 @@ def load_twin(name: str, dtype: str, device: str, trust_remote_code: bool) -> Lo
     refuse_dense_model(twin)
     twin = twin.to(parse_device(device), dtype=None if dtype == "auto" else parse_dtype(dtype))
     widths = f"hidden size {HIDDEN_SIZE}, vocabulary {VOCABULARY}, random weights"
-    return LoadedModel(twin, f"a narrow twin of the config of {name} ({widths}): its weights are not on this machine")
+    note = quantization_note(config)
+    origin = f"a narrow twin of the config of {name} ({widths}): its weights are not on this machine"
+    return LoadedModel(twin, origin, quantization=note)
 
 
 def check_own(model: Any, replay: RouterReplay) -> tuple[bool, str]:

@@ -14,6 +14,7 @@ from ..routers.discovery import refuse_dense
 from ..routers.self_check import UnsupportedRouterError
 from .bad_input import BadInput, first_line
 from .configs import needs_code, read_config, refuse_missing_folder
+from .quantization import is_unreadable, quantization_note
 
 
 @dataclass
@@ -30,12 +31,15 @@ class LoadedModel:
             What training calls instead, where it has wrapped the model.
         sharding (`str`, *optional*):
             What has sharded the weights.
+        quantization (`str`, *optional*):
+            What training makes of weights that are stored quantized.
     """
 
     model: Any
     origin: str
     forward: Callable | None = None
     sharding: str | None = None
+    quantization: str | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
         """One forward, as in training."""
@@ -76,6 +80,7 @@ def load_model(
     base = adapter_base(name)
     try:
         model = _from_pretrained(base or name, torch_dtype, downloads, trust_remote_code)
+        note = quantization_note(load_config(base or name, trust_remote_code))  # the model's forgets what is undone
         if base is not None:
             from peft import PeftModel
 
@@ -91,7 +96,7 @@ def load_model(
         raise BadInput(_unloadable(name, error)) from error
     refuse_dense_model(model)
     origin = "the weights of" if base is None else f"{base} with the adapter"
-    return LoadedModel(model, f"{origin} {name}")
+    return LoadedModel(model, f"{origin} {name}", quantization=note)
 
 
 def parse_dtype(name: str) -> Any:
@@ -167,5 +172,7 @@ def _from_pretrained(name: str, dtype: Any, downloads: bool, trust_remote_code: 
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = load_config(name, trust_remote_code)
+    if is_unreadable(config):
+        raise BadInput(f"{name} cannot be loaded. {quantization_note(config)}")
     auto = AutoModelForCausalLM if is_causal_lm(config) else AutoModelForImageTextToText
     return auto.from_pretrained(name, dtype=dtype, local_files_only=not downloads, trust_remote_code=trust_remote_code)

@@ -39,6 +39,8 @@ def show(model: ModelFacts, job: Job, plan: Plan, changes: Sequence[Remedy]) -> 
     """Print the tables, and what to change."""
     console = Console(soft_wrap=True)
     console.print(_model_table(model))
+    if model.quantization is not None:
+        console.print(model.quantization, markup=False)
     console.print(_record_table(job, plan))
     console.print(_gpu_table(model, job, plan))
     if plan.fits:

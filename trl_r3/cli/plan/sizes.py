@@ -18,6 +18,7 @@ from ...routers.discovery import refuse_dense
 from ...routers.router_replay import RouterReplay
 from ..bad_input import BadInput
 from ..configs import read_config
+from ..quantization import quantization_note
 from ..twin import narrow_twin, one_thread
 from .job import Job, PlanError
 
@@ -44,6 +45,8 @@ class ModelFacts:
             Parameters of the largest decoder layer, gathered as a whole where weights are sharded.
         layout ([`RoutingLayout`]):
             Of its records.
+        quantization (`str`, *optional*):
+            What training makes of weights that are stored quantized.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ModelFacts:
     expert_parameters: int
     largest_layer: int
     layout: RoutingLayout
+    quantization: str | None = None
 
 
 def read_model(name: str, job: Job) -> ModelFacts:
@@ -95,6 +99,7 @@ def read_model(name: str, job: Job) -> ModelFacts:
         expert_parameters=sum(_count(module) for module in experts),
         largest_layer=max(_count(layer) for layer in stack),
         layout=layout,
+        quantization=quantization_note(config),
         trainable=_adapters(model, job, name) if job.rank else _count(model),
     )
 
