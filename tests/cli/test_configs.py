@@ -147,7 +147,9 @@ def test_a_type_with_a_config_alone(tmp_path, capsys):
     said = {"model_type": "siglip_vision_model", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(said))
     assert cli.main(["check", str(tmp_path)]) == 2
-    assert "it names modeling_own.Own. Read that code, and pass `--trust-remote-code`" in capsys.readouterr().err
+    assert (
+        "its config names modeling_own.Own. Read that code, and pass `--trust-remote-code`" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -42,8 +42,8 @@ def test_buffers_in_another_dtype_are_named(run, capsys, monkeypatch):
     name, (_, second) = run
     load_model = trace_command.load_model
 
-    def load_and_cast(*args):
-        loaded = load_model(*args)
+    def load_and_cast(*args, **kwargs):
+        loaded = load_model(*args, **kwargs)
         loaded.model.to(torch.bfloat16)
         return loaded
 

@@ -105,4 +105,5 @@ def _refuse_unknown_model(name: str, config: Any) -> None:
     """Refuse a type that Transformers has a config of, and no model for text."""
     if not has_model(config):
         own = config.auto_map["AutoModelForCausalLM"]
-        raise needs_code(name, f"Transformers builds no causal LM of type {config.model_type!r}, and it names {own}")
+        lacks = f"Transformers builds no causal LM of type {config.model_type!r}"
+        raise needs_code(name, f"{lacks}, and its config names {own}")
