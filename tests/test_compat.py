@@ -9,7 +9,16 @@ import torch
 from model_zoo import build_tiny
 from torch import nn
 
-from trl_r3._compat import checkpoint_functions, drops_out, edits, in_backward, name_tokens, set_checkpointing, swapped
+from trl_r3._compat import (
+    checkpoint_functions,
+    drops_out,
+    edits,
+    in_backward,
+    name_tokens,
+    pause_in_mode_keep,
+    set_checkpointing,
+    swapped,
+)
 
 
 class Owner:
@@ -44,6 +53,18 @@ def test_swapped_names_of_a_class_and_of_a_module_are_given_back():
         with swapped(place, "value", 2):
             assert place.value == 2
         assert place.value == before
+
+
+def test_an_engine_pauses_in_mode_keep_unless_told_otherwise():
+    """By keyword, as TRL calls it, and by position, as vLLM lets users call it."""
+    calls = []
+    engine = SimpleNamespace(sleep=lambda level=1, mode="abort": calls.append((level, mode)))
+    pause_in_mode_keep(engine)
+    engine.sleep(level=2)
+    engine.sleep()
+    engine.sleep(1, "abort")
+    engine.sleep(2, mode="wait")
+    assert calls == [(2, "keep"), (1, "keep"), (1, "abort"), (2, "wait")]
 
 
 def test_tokens_are_named_once():

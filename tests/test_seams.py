@@ -362,6 +362,11 @@ SEAMS = [
         lambda: imports(vllm_generation, "LLM", "vllm") and " LLM(" in inspect.getsource(GENERATION),
     ),
     Seam(
+        "_compat.py",
+        "VLLMGeneration calls llm.sleep(level=2) without a mode, and keeps the engine in llm",
+        lambda: "self.llm.sleep(level=2)" in inspect.getsource(GENERATION),
+    ),
+    Seam(
         "engines/vllm_colocate.py",
         "VLLMGeneration sets llm, vllm_client, tensor_parallel_size and tp_group",
         lambda: sets(GENERATION, "llm", "vllm_client", "tensor_parallel_size", "tp_group"),

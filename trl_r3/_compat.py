@@ -254,6 +254,19 @@ def name_tokens(choices: list[dict[str, Any]]) -> None:
                     each.setdefault("token", f"token_id:{each['token_id']}")
 
 
+def pause_in_mode_keep(llm: Any) -> None:
+    """
+    Let `llm.sleep` pause in mode "keep" unless told otherwise. A vLLM 0.31 that returns routes empties its caches,
+    which every sleep does, only after that; TRL names no mode. Goes with vLLM 0.31, or when TRL names the mode.
+    """
+    own = llm.sleep
+
+    def sleep(level: int = 1, mode: str = "keep") -> Any:
+        return own(level=level, mode=mode)
+
+    llm.sleep = sleep
+
+
 @contextmanager
 def last_processor(lm: Any, process: Callable) -> Iterator[None]:
     """

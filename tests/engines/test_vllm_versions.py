@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from trl_r3.engines.vllm_versions import check_vllm_masks, check_vllm_version, vllm_engine_kwargs
+from trl_r3.engines.vllm_versions import (
+    check_vllm_masks,
+    check_vllm_version,
+    sleeps_in_mode_keep,
+    vllm_engine_kwargs,
+)
 
 
 @pytest.mark.parametrize("version", ["0.22.0", "0.22.0rc1", "0.30.0+cpu", "0.30.1.post1", "0.31.0", "0.33.2"])
@@ -50,3 +55,10 @@ def test_vllm_versions_with_masks(version):
 def test_vllm_versions_without(version):
     with pytest.raises(ValueError, match="sampling masks are known from 0.28 to 0.33"):
         check_vllm_masks(version)
+
+
+@pytest.mark.parametrize(
+    "version, keeps", [("0.30.9", False), ("0.31.0", True), ("0.31.2+cpu", True), ("0.32.0", False), ("0.33.0", False)]
+)
+def test_one_version_sleeps_in_mode_keep_only(version, keeps):
+    assert sleeps_in_mode_keep(version) is keeps

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import cpu_engine
 import pytest
@@ -69,3 +70,25 @@ def server_on_cpu(server_url: str, model, tmp_path: Path, monkeypatch: pytest.Mo
     yield server_url
     cpu_engine.push_weights(server_url, model.named_parameters(), file)
     cpu_engine.request(f"{server_url}/reset_prefix_cache", {})
+
+
+@pytest.fixture(scope="module")
+def engines():
+    from vllm_training import Engines  # which imports TRL
+
+    engines = Engines()
+    yield engines
+    engines.close()
+
+
+@pytest.fixture
+def colocate(engines, monkeypatch):
+    """Settings of a trainer whose engine runs in this process, in the given precision."""
+    from trl.generation import vllm_generation
+
+    def settings(dtype: str = "float32", checkpoint_names: Callable | None = None) -> dict[str, Any]:
+        monkeypatch.setattr(vllm_generation, "LLM", engines.starter(dtype, checkpoint_names))
+        engines.records.clear()
+        return {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256}
+
+    return settings

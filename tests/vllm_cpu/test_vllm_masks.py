@@ -17,7 +17,7 @@ import cpu_engine
 import pytest
 import torch
 from oracles import kept_rows
-from test_vllm_trainer import make
+from vllm_training import make
 
 from trl_r3.engines.vllm_server import RecordingVLLMClient
 

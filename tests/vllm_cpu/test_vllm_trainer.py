@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cpu_engine
@@ -16,115 +16,22 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from engines.tiny_chat import VOCAB, WatchedGRPO, conversations, make_tokenizer, make_trainer
+from engines.tiny_chat import VOCAB, conversations, make_tokenizer
 from engines.watch import assert_nothing_missing, assert_replayed, wrong_rows
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from vllm_training import (
+    Record,
+    assert_rows_are_those_of_a_forward,
+    by_step,
+    make,
+    mixtral_checkpoint_names,
+    moe_rows,
+    train_and_check,
+)
 
 from trl_r3 import stitch
 
 pytestmark = pytest.mark.vllm
-
-PROMPTS = Dataset.from_dict({"prompt": ["t30 t31 t32", "t40", "t50 t51 t52 t53 t54", "t60 t61"]})
-Record = tuple[tuple[int, ...], np.ndarray]  # prompt and completion, rows (T - 1, D, K)
-
-
-class Engines:
-    """Engines by folder and dtype, started once: a trainer gives its own weights to the one it is handed."""
-
-    def __init__(self) -> None:
-        self.running: dict[tuple, Any] = {}
-        self.records: list[Record] = []  # of all calls since it was last emptied
-        self.sleep_calls: list[str] = []
-        self.captures = False  # whether the last trainer asked for routes
-
-    def starter(self, dtype: str, checkpoint_names: Callable | None = None) -> Callable:
-        def start(model: str, **kwargs: Any) -> Any:
-            self.captures = kwargs.pop("enable_return_routed_experts", False)
-            sleeps = kwargs.pop("enable_sleep_mode")
-            key = (model, dtype)
-            if key not in self.running:
-                llm = cpu_engine.cpu_llm(model, dtype=dtype, enable_return_routed_experts=True, **kwargs)
-                if checkpoint_names is not None:
-                    rename_weights(llm, checkpoint_names)
-                own_generate = llm.generate
-
-                def generate(*args: Any, **kwargs: Any) -> Any:
-                    outputs = own_generate(*args, **kwargs)
-                    for output in outputs:
-                        for each in output.outputs:
-                            tokens = (*output.prompt_token_ids, *each.token_ids)
-                            rows = np.full((len(tokens) - 1, *each.routed_experts.shape[1:]), 255, dtype=np.uint8)
-                            rows[-len(each.routed_experts) :] = each.routed_experts  # the others were not asked for
-                            self.records.append((tokens, rows))
-                    return outputs
-
-                llm.generate = generate
-                self.running[key] = llm
-            if sleeps:  # no CPU engine can: "Sleep mode is not supported on current platform"
-                self.running[key].sleep = lambda level: self.sleep_calls.append(f"sleep {level}")
-                self.running[key].wake_up = lambda tags: self.sleep_calls.append(f"wake {tags[0]}")
-            return self.running[key]
-
-        return start
-
-    def close(self) -> None:
-        for llm in self.running.values():
-            cpu_engine.close(llm)
-
-
-def rename_weights(llm: Any, checkpoint_names: Callable) -> None:
-    """Pass weights of the trainer on under other names; the stand-in sets its `load_weights` again at each reset."""
-    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
-    collect, reset = model.load_weights, llm.reset_prefix_cache
-
-    def load_weights(weights: Any) -> set[str]:
-        return collect(checkpoint_names(weights))
-
-    def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
-        model.load_weights = collect
-        result = reset(*args, **kwargs)
-        model.load_weights = load_weights
-        return result
-
-    model.load_weights = load_weights
-    llm.reset_prefix_cache = reset_prefix_cache
-
-
-def mixtral_checkpoint_names(weights: Any) -> Any:
-    """vLLM's Mixtral knows the names of the checkpoint only, TRL sends those that Transformers 5 gives the modules."""
-    for name, tensor in weights:
-        before, _, after = name.partition(".mlp.")
-        if after == "gate.weight":
-            yield f"{before}.block_sparse_moe.{after}", tensor
-        elif after == "experts.gate_up_proj":
-            for expert, gate_up in enumerate(tensor):
-                for part, half in zip(("w1", "w3"), gate_up.chunk(2), strict=True):
-                    yield f"{before}.block_sparse_moe.experts.{expert}.{part}.weight", half
-        elif after == "experts.down_proj":
-            for expert, down in enumerate(tensor):
-                yield f"{before}.block_sparse_moe.experts.{expert}.w2.weight", down
-        else:
-            yield name, tensor
-
-
-@pytest.fixture(scope="module")
-def engines():
-    engines = Engines()
-    yield engines
-    engines.close()
-
-
-@pytest.fixture
-def colocate(engines, monkeypatch):
-    """Settings of a trainer whose engine runs in this process, in the given precision."""
-    from trl.generation import vllm_generation
-
-    def settings(dtype: str = "float32", checkpoint_names: Callable | None = None) -> dict[str, Any]:
-        monkeypatch.setattr(vllm_generation, "LLM", engines.starter(dtype, checkpoint_names))
-        engines.records.clear()
-        return {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256}
-
-    return settings
 
 
 @pytest.fixture(scope="module")
@@ -139,65 +46,12 @@ def chat_folder(model_folder, tmp_path_factory):
     return folder
 
 
-def make(tmp_path, folder, dataset: Dataset = PROMPTS, **settings: Any) -> WatchedGRPO:
-    settings = {"model_init_kwargs": {"dtype": "float32"}, "processing_class": make_tokenizer(), **settings}
-    defaults = {"max_completion_length": 16, "per_device_train_batch_size": 8, "num_generations": 2}
-    return make_trainer(tmp_path, dataset, model=str(folder), **{**defaults, **settings})
-
-
-def moe_rows(ids: np.ndarray, dense: Sequence[int] = (1,)) -> torch.Tensor:
-    """(T - 1, L, K) of the engine's (T - 1, D, K)."""
-    return torch.from_numpy(np.delete(ids.astype(np.int64), list(dense), axis=1))
-
-
-def by_step(trainer: WatchedGRPO, records: list[Record], dense: Sequence[int] = (1,)) -> dict[int, list]:
-    """The engine's records, by step of the rollout: it was called once for each turn that was watched."""
-    expected: dict[int, list] = {}
-    records = list(records)
-    for turn in trainer.turns:
-        count = len(turn.prompt_ids)
-        mine, records = records[:count], records[count:]
-        sampled = {(*p, *c) for p, c in zip(turn.prompt_ids, turn.completion_ids, strict=True)}
-        assert {tokens for tokens, _ in mine} == sampled
-        expected.setdefault(turn.step, []).extend((tokens, moe_rows(ids, dense)) for tokens, ids in mine)
-    assert not records
-    return expected
-
-
-def assert_rows_are_those_of_a_forward(trainer: WatchedGRPO) -> None:
-    wrong = pairs = 0
-    for one in trainer.updates:
-        turn = max((turn for turn in trainer.turns if turn.step <= one.step), key=lambda turn: turn.step)
-        for tokens, rows in one.samples():
-            wrong += wrong_rows(rows, trainer.live_rows(tokens, turn.weights))
-            pairs += rows[..., 0].numel()
-    assert wrong == 0, f"{wrong} of {pairs} pairs of row and layer differ from a Transformers forward"
-
-
-def train_and_check(trainer: WatchedGRPO, records: list[Record], steps: int = 2, dense: Sequence[int] = (1,)) -> None:
-    before = trainer._weights()
-    trainer.train()
-    assert any(not torch.equal(before[name], now) for name, now in trainer._weights().items()), "no weight moved"
-    masked = trainer.args.mask_truncated_completions
-    assert_replayed(trainer, by_step(trainer, records, dense), truncated_are_masked=masked)
-    assert_rows_are_those_of_a_forward(trainer)
-    assert_nothing_missing(trainer, steps)
-    assert all(np.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
-
-
 def test_colocate(tmp_path, model_folder, engines, colocate):
     trainer = make(tmp_path, model_folder, max_steps=3, routing_replay_compare_every=1, **colocate())
     assert engines.captures, "the trainer did not switch on the capture"
     train_and_check(trainer, engines.records, steps=3)
     logs = [log for log in trainer.state.log_history if "sampling/k3_kl" in log]
     assert len(logs) == 3 and all(log["sampling/k3_kl"] < 1e-9 and "sampling/live/k3_kl" in log for log in logs)
-
-
-def test_the_calls_of_sleep_mode(tmp_path, model_folder, engines, colocate):
-    """Routes are taken before the engine sleeps again. What sleep frees is not freed on a CPU."""
-    trainer = make(tmp_path, model_folder, vllm_enable_sleep_mode=True, **colocate())
-    train_and_check(trainer, engines.records)
-    assert engines.sleep_calls.count("sleep 2") == 3 and engines.sleep_calls.count("wake kv_cache") == 2
 
 
 def test_updates_after_the_first_replay_the_same_record(tmp_path, model_folder, engines, colocate):

@@ -8,19 +8,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._compat import swapped
+from .._compat import pause_in_mode_keep, swapped
 from ..records.record import RoutingLayout, to_record
 from .known_routes import KnownRoutes
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 from .vllm_masks import decode_vllm_mask
-from .vllm_versions import VLLM_FLAG, check_vllm_masks, check_vllm_version, vllm_engine_kwargs
+from .vllm_versions import VLLM_FLAG, check_vllm_masks, check_vllm_version, sleeps_in_mode_keep, vllm_engine_kwargs
 
 
 class HasRoutedExperts(Protocol):
@@ -88,13 +87,21 @@ def recording_llm(routes: bool, masks: bool, tensor_parallel_size: int) -> Itera
     from trl.generation import vllm_generation
 
     arguments: dict[str, bool] = {}
+    own_llm = vllm_generation.LLM
     if routes:
         check_vllm_version(vllm.__version__, tensor_parallel_size)
         arguments |= vllm_engine_kwargs(vllm.__version__)
     if masks:
         check_vllm_masks(vllm.__version__)
         arguments["return_sampling_mask"] = True
-    with swapped(vllm_generation, "LLM", partial(vllm_generation.LLM, **arguments)):
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        llm = own_llm(*args, **arguments, **kwargs)
+        if routes and sleeps_in_mode_keep(vllm.__version__):
+            pause_in_mode_keep(llm)
+        return llm
+
+    with swapped(vllm_generation, "LLM", build):
         yield
 
 

@@ -6,6 +6,7 @@ from packaging.version import InvalidVersion, Version
 
 _FIRST_VLLM = (0, 22)
 _FIRST_VLLM_AUX_OUTPUT = (0, 31)
+_VLLM_SLEEPS_IN_MODE_KEEP = (0, 31)  # with routes on; 0.30 and 0.32 reset their caches in any mode
 _FIRST_VLLM_MASKS = (0, 28)
 _FIRST_VLLM_SCALE_OUT = (0, 30)  # a flag for the endpoint that returns masks
 _LAST_VLLM = (0, 33)
@@ -65,6 +66,20 @@ def check_vllm_masks(version: str) -> None:
             f"vLLM {version} is installed, but sampling masks are known from 0.28 to 0.33. Install one of these, or "
             "set `use_sampling_mask_replay=False`."
         )
+
+
+def sleeps_in_mode_keep(version: str) -> bool:
+    """
+    Whether a vLLM that returns routes sleeps only in mode "keep".
+
+    Args:
+        version (`str`):
+            Version of vLLM.
+
+    Returns:
+        `bool`: `True` for 0.31 alone.
+    """
+    return _minor_version(version) == _VLLM_SLEEPS_IN_MODE_KEEP
 
 
 def vllm_engine_kwargs(version: str) -> dict[str, bool]:
