@@ -150,12 +150,13 @@ def without_nccl(put: Put) -> list[dict[str, list[int]]]:
     return sent
 
 
-def on_a_cpu(folder: Path, put: Put) -> None:
-    """Let TRL colocate engines of a CPU, and hand weights to a server in a file."""
+def on_a_cpu(put: Put) -> None:
+    """Let TRL colocate engines of a CPU, and send weights to a server without NCCL."""
     import cpu_engine  # of the tests with a real vLLM
+    import cpu_weights
 
     put(vllm_generation, "LLM", cpu_engine.cpu_llm)
-    cpu_engine.sync_weights_by_file(vllm_client.VLLMClient, folder / "weights.safetensors", put)
+    cpu_weights.let_the_client_send(put)
 
 
 def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +169,11 @@ def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
         return {"use_vllm": True, "vllm_mode": "colocate", **sizes}
     if options.url is None:
         return {}
-    told = {} if options.rollouts == "server" else {"vllm_importance_sampling_correction": False}  # nobody's log-probs
+    told: dict[str, Any] = {"vllm_importance_sampling_correction": False}  # nobody's log-probs
+    if options.rollouts == "server":
+        from cpu_engine import free_port
+
+        told = {"vllm_group_port": free_port()}
     return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": options.url, **told}
 
 
@@ -239,7 +244,7 @@ def train(folder: Path, name: str, options: argparse.Namespace, put: Put) -> dic
         fail_on(options.fails_on, put)
     sent = without_nccl(put) if options.rollouts == "mock" else []
     if options.rollouts in ("colocate", "server"):
-        on_a_cpu(folder, put)
+        on_a_cpu(put)
     try:
         trainer = make_trainer(folder, name, options)
         trainer.train(resume_from_checkpoint=None if options.resume is None else str(options.resume))

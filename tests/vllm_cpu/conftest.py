@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_engine
+import cpu_weights
 import pytest
 import torch
 
@@ -61,15 +62,17 @@ def server_url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def server_on_cpu(server_url: str, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Base URL of a server to which TRL's client hands weights in a file. It gets its own back at the end."""
+def server_on_cpu(server_url: str, model, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Base URL of a server to which TRL's client can send weights. It gets its own back at the end."""
     from trl.generation.vllm_client import VLLMClient
 
-    file = tmp_path / "weights.safetensors"
-    cpu_engine.sync_weights_by_file(VLLMClient, file, monkeypatch.setattr)
+    cpu_weights.let_the_client_send(monkeypatch.setattr)
     yield server_url
-    cpu_engine.push_weights(server_url, model.named_parameters(), file)
-    cpu_engine.request(f"{server_url}/reset_prefix_cache", {})
+    client = VLLMClient(base_url=server_url, group_port=cpu_engine.free_port())
+    client.init_communicator(torch.device("cpu"))
+    client.update_model_params(model)
+    client.reset_prefix_cache()
+    client.close_communicator()
 
 
 @pytest.fixture(scope="module")

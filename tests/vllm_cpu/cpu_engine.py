@@ -2,8 +2,7 @@
 
 Legend: T tokens of a sequence, R = T - 1 rows, D decoder layers, K experts per token.
 
-Two things of vLLM do not work on a CPU, and have a stand-in here: loading weights tensor by tensor into a running
-engine, because the CPU kernels have repacked them, and the NCCL transfer of weights to a server.
+How weights reach an engine is in `cpu_weights`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from cpu_weights import compute_from_parameters
 from packaging.version import Version
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     MixtralConfig,
@@ -49,6 +48,7 @@ ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # where a trainer and a server meet for weights
     "HF_HUB_OFFLINE": "1",
 }
 SECOND_RUNNER = find_spec("vllm") is not None and Version(version("vllm")) >= Version("0.31")
@@ -155,16 +155,6 @@ def logprob_difference(model: PreTrainedModel, prompt: Sequence[int], completion
     return distance(model, prompt, completion.token_ids, sampled)
 
 
-def reload_weights(model_runner: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Replace all weights of a running CPU engine. The checkpoint's names and those of Transformers both work."""
-    from vllm.model_executor.layers.fused_moe.layer import MoERunner
-
-    for module in model_runner.model.modules():
-        if isinstance(module, MoERunner):
-            module._quant_method.moe_kernel = None  # else the raw weights are copied over the repacked ones
-    model_runner.reload_weights(weights_iterator=weights)
-
-
 def cut_without_triton() -> None:
     """Let vLLM cut by top-k and top-p in PyTorch: its kernel takes loop counters for tensors, here they are ints."""
     from vllm.v1.sample.ops import topk_topp_sampler
@@ -173,40 +163,13 @@ def cut_without_triton() -> None:
 
 
 def cpu_llm(*args: Any, **kwargs: Any) -> Any:
-    """
-    `vllm.LLM` for a CPU. Set it as `trl.generation.vllm_generation.LLM`, and TRL's own code runs in colocate mode.
-
-    TRL passes each parameter to `load_weights` of the engine's model and then calls `reset_prefix_cache`. Here the
-    first only collects and the second loads.
-    """
+    """`vllm.LLM` for a CPU. In the place of `trl.generation.vllm_generation.LLM` it lets TRL's colocate mode run."""
     from vllm import LLM
 
+    compute_from_parameters()
     if SECOND_RUNNER:
         cut_without_triton()
-    llm = LLM(*args, **{"dtype": "float32", "enforce_eager": True, **kwargs})
-    model_runner = llm.llm_engine.model_executor.driver_worker.model_runner
-    model = model_runner.model
-    reset_prefix_cache = llm.reset_prefix_cache
-    collected: dict[str, torch.Tensor] = {}
-
-    def collect(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        new = {name: tensor.detach().clone() for name, tensor in weights}
-        collected.update(new)
-        return set(new)
-
-    def load_then_reset(*args: Any, **kwargs: Any) -> Any:
-        if collected:
-            del model.load_weights
-            try:
-                reload_weights(model_runner, collected.items())
-            finally:
-                model.load_weights = collect
-            collected.clear()
-        return reset_prefix_cache(*args, **kwargs)
-
-    model.load_weights = collect
-    llm.reset_prefix_cache = load_then_reset
-    return llm
+    return LLM(*args, **{"dtype": "float32", "enforce_eager": True, **kwargs})
 
 
 def close(llm: Any) -> None:
@@ -216,36 +179,6 @@ def close(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     gc.collect()
     cleanup_dist_env_and_memory()
-
-
-def push_weights(base_url: str, weights: Iterable[tuple[str, torch.Tensor]], file: Path) -> list[str]:
-    """Hand weights to a server of [`serve`] in a file; returns their names."""
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights}
-    save_file(tensors, file)
-    request(f"{base_url}/collective_rpc", {"method": "reload_from_file", "args": [str(file)]})
-    return list(tensors)
-
-
-def sync_weights_by_file(client_class: type, file: Path, patch: Callable[[Any, str, Any], None]) -> None:
-    """
-    Let TRL's client hand weights to a server of [`serve`] in a file, where it would use NCCL.
-
-    Args:
-        client_class (`type`):
-            `trl.generation.vllm_client.VLLMClient`.
-        file (`Path`):
-            Where the weights go.
-        patch (`Callable`):
-            `monkeypatch.setattr`.
-    """
-
-    def update_named_params(self: Any, metadata: list, named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
-        names = push_weights(self.base_url, named_params, file)
-        assert names == [name for name, _, _ in metadata]
-
-    patch(client_class, "init_communicator", lambda self, device=0: None)
-    patch(client_class, "close_communicator", lambda self: None)
-    patch(client_class, "update_named_params", update_named_params)
 
 
 def free_port() -> int:
@@ -262,7 +195,8 @@ def serve(model_folder: Path, log: Path, *extra: str, timeout: float = 300.0) ->
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "256", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-    command += ["--enable-scale-out", "--worker-extension-cls", "server_worker.ReloadFromFile", *extra]
+    command += ["--enable-scale-out", "--worker-extension-cls", "server_worker.OnACPU", *extra]
+    command += ["--weight-transfer-config", '{"backend": "nccl"}']
     python_path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path}
     with log.open("w") as output:

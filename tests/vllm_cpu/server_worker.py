@@ -1,20 +1,15 @@
-"""What the tests add to the worker of a vLLM server, which imports this module itself."""
+"""What the tests change in the worker of a vLLM server, which imports this module before it loads a model."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import cpu_engine
-from safetensors.torch import load_file
+import cpu_weights
 
+cpu_weights.compute_from_parameters()
+cpu_weights.carry_weights_by_a_store(setattr)
 if cpu_engine.SECOND_RUNNER:
     cpu_engine.cut_without_triton()
 
 
-class ReloadFromFile:
-    """Extension of the worker (`--worker-extension-cls`), called through `/collective_rpc`."""
-
-    model_runner: Any
-
-    def reload_from_file(self, path: str) -> None:
-        cpu_engine.reload_weights(self.model_runner, load_file(path).items())
+class OnACPU:
+    """Extension of the worker (`--worker-extension-cls`): importing it is what is wanted."""

@@ -196,7 +196,8 @@ def server(server_on_cpu, monkeypatch):
         return answer
 
     monkeypatch.setattr(VLLMClient, "_post", note)
-    return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server_on_cpu}, answers
+    settings = {"vllm_server_base_url": server_on_cpu, "vllm_group_port": cpu_engine.free_port()}
+    return {"use_vllm": True, "vllm_mode": "server", **settings}, answers
 
 
 def test_server(tmp_path, model_folder, server):

@@ -60,21 +60,10 @@ class Engines:
 
 
 def rename_weights(llm: Any, checkpoint_names: Callable) -> None:
-    """Pass weights of the trainer on under other names; the stand-in sets its `load_weights` again at each reset."""
+    """Pass the weights that the trainer sends on under other names."""
     model = llm.llm_engine.model_executor.driver_worker.model_runner.model
-    collect, reset = model.load_weights, llm.reset_prefix_cache
-
-    def load_weights(weights: Any) -> set[str]:
-        return collect(checkpoint_names(weights))
-
-    def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
-        model.load_weights = collect
-        result = reset(*args, **kwargs)
-        model.load_weights = load_weights
-        return result
-
-    model.load_weights = load_weights
-    llm.reset_prefix_cache = reset_prefix_cache
+    own = model.load_weights
+    model.load_weights = lambda weights: own(checkpoint_names(weights))
 
 
 def mixtral_checkpoint_names(weights: Any) -> Any:
