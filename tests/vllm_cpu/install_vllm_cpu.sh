@@ -3,7 +3,7 @@
 #
 # Makes VENV_DIR, a Python 3.11 environment with a vLLM that runs on a CPU, for the tests marked `vllm`:
 #     VENV_DIR/bin/python -m pytest tests -m vllm
-# VLLM is 0.30 (default) or 0.32. TORCH is the requirement or the wheel file of a CPU build of torch (default:
+# VLLM is 0.30 (default), 0.31 or 0.32. TORCH is the requirement or the wheel file of a CPU build of torch (default:
 # torch==2.13.0+cpu). Where pip does not find that build by itself, point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL at it.
 # PYTHON names another interpreter.
 set -euo pipefail
@@ -12,7 +12,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 version=${2:-0.30}
 torch=${3:-torch==2.13.0+cpu}
 if [[ $# -lt 1 || $# -gt 3 || ! -f $here/requirements-$version.txt ]]; then
-    echo "usage: $0 VENV_DIR [0.30 | 0.32 [TORCH]]" >&2
+    echo "usage: $0 VENV_DIR [0.30 | 0.31 | 0.32 [TORCH]]" >&2
     exit 2
 fi
 venv=$1
