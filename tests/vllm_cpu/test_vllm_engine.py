@@ -103,6 +103,35 @@ def test_prefix_cache_hit_on_sampled_tokens(llm, model):
     assert_routes_match(model, outputs)
 
 
+@pytest.mark.skipif(cpu_engine.SECOND_RUNNER, reason="vLLM 0.31 and later refuse it (test_vllm_refusals.py)")
+def test_without_a_prefix_cache(model, model_folder):
+    llm = start(model_folder, enable_prefix_caching=False)
+    try:
+        outputs = [generate(llm, [tokens(100, 10)], n=2, max_tokens=8) for _ in range(2)]
+        assert outputs[1][0].num_cached_tokens == 0
+        assert_routes_match(model, [*outputs[0], *outputs[1]])
+    finally:
+        cpu_engine.close(llm)
+
+
+@pytest.mark.skipif(not cpu_engine.SECOND_RUNNER, reason="vLLM 0.30 refuses all connectors (test_vllm_refusals.py)")
+def test_no_stale_rows_behind_a_hit_in_an_external_cache(model, model_folder, tmp_path):
+    """Keys and values survive a reset outside the engine, routes do not: it fails, and makes up none."""
+    outside = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    outside["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path)}
+    llm = start(model_folder, kv_transfer_config=outside)
+    prompt = tokens(100, 10)
+    try:
+        outputs = [generate(llm, [prompt], max_tokens=8)[0] for _ in range(2)]
+        assert [output.num_cached_tokens for output in outputs] == [0, 3 * BLOCK]
+        assert_routes_match(model, outputs)
+        assert llm.reset_prefix_cache()  # as TRL does when it has sent weights
+        with pytest.raises(RuntimeError, match="auxiliary output object does not exist"):
+            generate(llm, [prompt], max_tokens=8)
+    finally:
+        cpu_engine.close(llm)
+
+
 def test_end_token_first(llm, model):
     outputs = generate(llm, [tokens(9, 14)], n=2, max_tokens=50, logit_bias={cpu_engine.EOS: 100.0}, logprobs=None)
     for completion in outputs[0].outputs:
