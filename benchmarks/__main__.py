@@ -1,4 +1,4 @@
-"""`python -m benchmarks [gating | scale | vllm | files]`, from the root of a checkout."""
+"""`python -m benchmarks [gating | scale | padding | vllm | files]`, from the root of a checkout."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gating.add_argument("--device", choices=("cpu", "cuda"), default=None, help="device to measure (default: cuda)")
     parts.add_parser("scale", help="measure whether records cost the same a token from 1k to 32k tokens a sequence")
     parts.add_parser("vllm", help="measure what the capture of routes costs the vLLM that is installed")
+    parts.add_parser("padding", help="measure what is saved where layers see real tokens only")
     parts.add_parser("files", help="print the files of the package in which a training step with replay runs")
     args = parser.parse_args(argv)
     if args.part == "gating":
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         vllm_capture.run(args.output)
         return 0
+    if args.part == "padding":
+        from . import padding
+
+        return 1 if any(finding.met is False for finding in padding.run()) else 0
     if args.part == "files":
         from . import files
 

@@ -24,7 +24,9 @@ from ..routers.router_replay import RouterReplay
 from .generate import generate_with_routes, setting
 
 
-def enable_routing_replay(model: nn.Module, *, gating: str = "auto", steady_recompute: bool = False) -> RouterReplay:
+def enable_routing_replay(
+    model: nn.Module, *, gating: str = "auto", padding: str = "keep", steady_recompute: bool = False
+) -> RouterReplay:
     """
     Let a Transformers model record and replay its routing.
 
@@ -36,6 +38,8 @@ def enable_routing_replay(model: nn.Module, *, gating: str = "auto", steady_reco
             A mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
         gating (`str`, *optional*, defaults to `"auto"`):
             How a recorded selection takes effect: `"intercept"`, `"op"` or `"auto"`, as in [`RouterReplay`].
+        padding (`str`, *optional*, defaults to `"keep"`):
+            Whether a forward that replays skips padding: `"keep"` or `"auto"`, as in [`RouterReplay`].
         steady_recompute (`bool`, *optional*, defaults to `False`):
             For training without a rollout, with any trainer: every recompute of a gradient checkpoint goes through the
             experts of its own forward. Without it, a router that decides closely may pick others in the recompute,
@@ -58,7 +62,7 @@ def enable_routing_replay(model: nn.Module, *, gating: str = "auto", steady_reco
     >>> disable_routing_replay(model)
     ```
     """
-    replay = RouterReplay(model, gating)
+    replay = RouterReplay(model, gating, padding)
     replay.steady_recompute = steady_recompute
     lm = find_causal_lm(model)
     if lm is None:

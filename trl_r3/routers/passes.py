@@ -25,6 +25,8 @@ class LivePass:
     """A forward that routes live."""
 
     replays = False
+    lengths: list[int] | None = None
+    attended = 0
 
     def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The router's own forward."""
@@ -43,6 +45,8 @@ class RecordingPass:
     """
 
     replays = False
+    lengths: list[int] | None = None
+    attended = 0
 
     def __init__(self, routers: Sequence[Router], layout: RoutingLayout):
         self.routers = routers

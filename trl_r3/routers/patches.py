@@ -82,6 +82,10 @@ class Pass(Protocol):
 
     replays: bool
     """Whether it goes through recorded experts."""
+    lengths: list[int] | None
+    """Of its sequences, where it is packed."""
+    attended: int
+    """Calls of attention so far."""
 
     def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run router `index` as this pass wants it."""

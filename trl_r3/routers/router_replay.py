@@ -21,6 +21,7 @@ from ..records.sources import RecordSource, WholeBatch
 from .attachable import attachable
 from .discovery import find_routers
 from .gated import GatedRouter
+from .padding import Padding, check_padding
 from .passes import (
     LivePass,
     RecordedRoutes,
@@ -52,6 +53,9 @@ class RouterReplay:
             it was found equal to the router's own. `"auto"`: the op where it covers the gate and its compiled kernels
             are installed, else interception. Interception is the model's own code, bit for bit; the op rounds
             otherwise.
+        padding (`str`, *optional*, defaults to `"keep"`):
+            `"keep"`: padding goes through every layer, as it does live. `"auto"`: a forward that replays sees real
+            tokens only where one of this model was found equal to a padded one, up to rounding; its output is padded.
 
     Raises:
         [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
@@ -70,9 +74,10 @@ class RouterReplay:
     ```
     """
 
-    def __init__(self, model: nn.Module, gating: str = "auto"):
+    def __init__(self, model: nn.Module, gating: str = "auto", padding: str = "keep"):
         if gating not in GATINGS:
             raise ValueError(f"`gating` is {gating!r}, expected one of {GATINGS}.")
+        check_padding(padding)
         unwrapped = attachable(model)
         self._compilable = (model, unwrapped)
         found = find_routers(unwrapped, gating)
@@ -91,6 +96,9 @@ class RouterReplay:
         self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self.routers)] + [
             Patch(self.stack, torch.compiler.disable(self._forward_stack))
         ]
+        self.padding = Padding(self.stack, self._active)
+        if padding == "auto":
+            self.padding.try_skipping(unwrapped, self)
 
     def __enter__(self) -> RouterReplay:
         return self
@@ -123,7 +131,8 @@ class RouterReplay:
         gating = "op" if all(isinstance(router, GatedRouter) for router in self.routers) else "intercept"
         return (
             f"RouterReplay({router}, gating={gating!r}, moe_layers={self.moe_layers}, "
-            f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k})"
+            f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"padding={self.padding})"
         )
 
     @contextmanager
@@ -197,6 +206,7 @@ class RouterReplay:
         self._active.removed.set()
         while self._patches:
             self._patches.pop().remove()
+        self.padding.remove()
 
     def _check_idle(self, wanted: str) -> None:
         if not self._patches:
@@ -265,12 +275,19 @@ class RouterReplay:
         tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
         record_NLK = source.take(batch_size, num_tokens, tokens).flatten(0, 1)
+        packed = self.padding.packed(args, kwargs)
+        if packed is not None:
+            record_NLK = packed.real(record_NLK)
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = self._recomputes or torch.is_grad_enabled()
         observed_M = None if source.observed is None else source.observed.to(main.device)
+        if packed is not None and observed_M is not None:
+            observed_M = packed.place(observed_M)
         pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M)
+        if packed is not None:
+            forward = self.padding.skipping(pass_, packed, forward)
         output = self._run(pass_, forward, args, kwargs)
         live_MLK = pass_.observed_live()
         changed_NL = pass_.close()
@@ -279,6 +296,7 @@ class RouterReplay:
         if self._guard is not None and torch.is_grad_enabled():
             self._guard.replayed += 1
         assert self._stats is not None  # replay_from() is around us
-        attended_N = attended_tokens(kwargs.get("attention_mask"), batch_size, num_tokens)
+        mask = None if packed is not None else kwargs.get("attention_mask")  # of packed tokens all are real
+        attended_N = attended_tokens(mask, batch_size, num_tokens)
         self._stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)
         return output

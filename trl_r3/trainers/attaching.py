@@ -82,7 +82,10 @@ class Attachment:
         def attach() -> None:
             refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
-                self._replay = RouterReplay(model, self.trainer.args.routing_replay_gating)
+                args = self.trainer.args
+                # a trace is replayed by padded forwards, bit for bit
+                padding = "keep" if only_with_weights or args.routing_replay_trace_dir else args.routing_replay_padding
+                self._replay = RouterReplay(model, args.routing_replay_gating, padding)
                 self._removed = None
 
         make_together(self.trainer.accelerator, attach)

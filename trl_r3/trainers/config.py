@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
 
+from ..routers.padding import PADDINGS
 from ..routers.router_replay import GATINGS
 
 MODES = ("R3", "R2")
@@ -45,6 +46,10 @@ class RoutingReplayConfigMixin:
             How a recorded selection takes effect: `"intercept"` leaves everything but the selection to the model's own
             code, bit for bit; `"op"` computes the gate with [`masked_topk_gating`], equal up to rounding; `"auto"`
             takes the op where its compiled kernels are installed and cover the gate.
+        routing_replay_padding (`str`, *optional*, defaults to `"keep"`):
+            What replay makes of padding: `"keep"` lets it go through every layer, as TRL does; `"auto"` gives the
+            layers real tokens only, where a forward of the model was found equal to a padded one. Losses and gradients
+            are equal up to rounding. While traces are written padding is kept.
         routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
             What a record that does not fit its tokens gets, before the optimizer moves: `"error"`, `"warn"` or
             `"off"`. Records of vLLM and of a `rollout_func` are judged; those that this package makes itself are only
@@ -101,6 +106,15 @@ class RoutingReplayConfigMixin:
             "model's own code, bit for bit; 'op' computes the gate with masked_topk_gating, equal up to rounding; "
             "'auto' takes the op where its compiled kernels are installed and cover the gate.",
             "choices": list(GATINGS),
+        },
+    )
+    routing_replay_padding: str = field(
+        default="keep",
+        metadata={
+            "help": "What replay makes of padding: 'keep' lets it go through every layer, as TRL does; 'auto' gives "
+            "the layers real tokens only, where a forward of the model was found equal to a padded one. Losses and "
+            "gradients are equal up to rounding. While traces are written padding is kept.",
+            "choices": list(PADDINGS),
         },
     )
     routing_replay_alarm: str = field(

@@ -1,0 +1,158 @@
+"""`python -m benchmarks padding`: what is saved where layers see real tokens only.
+
+An update of a model, its old-policy pass, and whole GRPO steps, each live, replayed with padding and replayed without,
+by turns in one process.
+
+Legend: B batch, T tokens of a padded sequence.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import GRPOTrainer
+
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer
+from trl_r3.cli.demo.policy import build_tokenizer
+from trl_r3.routers.router_replay import RouterReplay
+
+from .setup import BenchSettings, Finding, large_model, random_ids, record_of
+
+ARMS = ("live", "keep", "auto")
+TARGETS = {0.25: 0.80, 0.5: 0.60, 0.71: 0.45}  # by the share of padding: without it over live
+
+
+def medians(prepare: Callable[[str], AbstractContextManager[Callable[[], Any]]], rounds: int) -> dict[str, float]:
+    """Processor seconds of what is made ready for each arm, by turns; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    for turn in range(rounds + 1):
+        for name in ARMS:
+            with prepare(name) as run:
+                begin = time.process_time()
+                run()
+                if turn:
+                    seconds[name].append(time.process_time() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def mask_of(batch: int, length: int, share: float) -> Tensor:
+    """(B, T): completions of lengths from long to short, with so much padding in all; prompts differ a little."""
+    mean = 1 - share
+    ends = torch.linspace(min(1.0, 2 * mean), max(0.02, 2 * mean - 1), batch) * length
+    starts = torch.arange(batch) % 4
+    places = torch.arange(length)[None]
+    return ((places >= starts[:, None]) & (places < ends[:, None].round().clamp(min=8))).long()
+
+
+def model_cost(settings: BenchSettings, share: float, target: float, rounds: int) -> list[Finding]:
+    """An update of AdamW and an old-policy pass of one model."""
+    model = large_model(settings).train()
+    ids, mask = random_ids(model, settings.batch, settings.length), mask_of(settings.batch, settings.length, share)
+    labels = ids.masked_fill((mask & mask.roll(1, 1)) == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    with RouterReplay(model) as replay:
+        record = record_of(model, replay, ids)
+
+    def forward(replay: RouterReplay | None, **kwargs: Any) -> Any:
+        with replay.replay(record) if replay else nullcontext():
+            return model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+
+    def update(replay: RouterReplay | None) -> None:
+        forward(replay, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def score(replay: RouterReplay | None) -> None:
+        with torch.no_grad():
+            forward(replay)
+
+    findings, share = [], 1 - mask.float().mean().item()
+    for what, run, bound in (("update", update, target), ("old-policy pass", score, 0.6 if target == 0.6 else None)):
+
+        @contextmanager
+        def prepare(name: str, run: Callable = run) -> Iterator[Callable[[], None]]:
+            with ExitStack() as stack:
+                handle = None if name == "live" else stack.enter_context(RouterReplay(model, padding=name))
+                yield lambda: run(handle)
+
+        findings += compared(f"{what}, {share:.0%} padding", medians(prepare, rounds), bound)
+    return findings
+
+
+def compared(what: str, seconds: dict[str, float], target: float | None) -> list[Finding]:
+    """The lines of one comparison."""
+    return [
+        Finding(f"{what}: replayed with padding over live", seconds["keep"] / seconds["live"]),
+        Finding(f"{what}: replayed without over live", seconds["auto"] / seconds["live"], target),
+    ]
+
+
+def step_cost(settings: BenchSettings, rounds: int) -> list[Finding]:
+    """Whole steps of GRPO, an old-policy pass and four updates of a rollout whose completions are told."""
+    batch, lengths = 2 * settings.batch, torch.linspace(8, settings.length - 8, 2 * settings.batch).long().tolist()
+
+    def play(prompts: list[str], trainer: Any) -> dict[str, list]:
+        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        completions = [[3 + (i + j) % 9 for j in range(length)] for i, length in enumerate(lengths[: len(prompts)])]
+        rows = [len(p) + len(c) - 1 for p, c in zip(prompt_ids, completions, strict=True)]
+        experts = torch.rand(max(rows), settings.num_layers, settings.num_experts).argsort(-1)[..., : settings.top_k]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completions,
+            "logprobs": [[-1.0] * len(ids) for ids in completions],
+            "routed_experts": [experts[:count].clone() for count in rows],
+        }
+
+    @contextmanager
+    def prepare(name: str) -> Iterator[Callable[[], Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            args = R3GRPOConfig(
+                folder, use_cpu=True, bf16=False, per_device_train_batch_size=settings.batch, num_generations=2,
+                gradient_accumulation_steps=1, steps_per_generation=2, num_iterations=2, max_steps=4, report_to=[],
+                max_completion_length=settings.length, save_strategy="no", disable_tqdm=True, logging_steps=100,
+                use_routing_replay=name != "live", routing_replay_padding=name if name != "live" else "keep",
+                routing_replay_alarm="off", gradient_checkpointing=False, log_level="error",
+            )  # fmt: skip
+            trainer = (GRPOTrainer if name == "live" else R3GRPOTrainer)(
+                model=large_model(settings),
+                args=args,
+                reward_funcs=lambda completion_ids, **kwargs: [float(len(ids) % 7) for ids in completion_ids],
+                train_dataset=Dataset.from_dict({"prompt": ["1+2=", "12+34="] * batch}),
+                processing_class=build_tokenizer(),
+                rollout_func=play,
+            )
+            yield trainer.train
+
+    share = 1 - sum(lengths) / len(lengths) / max(lengths)
+    return compared(f"GRPO step, {share:.0%} padding", medians(prepare, rounds), 0.6)
+
+
+def run(settings: BenchSettings | None = None, rounds: int = 5) -> list[Finding]:
+    """
+    Measure and print.
+
+    Args:
+        settings ([`BenchSettings`], *optional*):
+            Sizes.
+        rounds (`int`, *optional*, defaults to `5`):
+            Measurements of each arm.
+
+    Returns:
+        list of [`Finding`].
+    """
+    torch.set_num_threads(1)
+    settings = settings or BenchSettings(num_layers=4)
+    findings = [line for share, target in TARGETS.items() for line in model_cost(settings, share, target, rounds)]
+    findings += step_cost(settings, rounds)
+    for each in findings:
+        bound = "" if each.target is None else f"  (target {each.target:.2f}{'' if each.met else ', missed'})"
+        print(f"{each.what:64s} {each.value:.3f}{bound}")
+    return findings

@@ -1,0 +1,232 @@
+"""Replay over real tokens only: loss, gradients and experts are those of the padded batch, or it stays padded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines.tiny_chat import tiny_qwen3_moe
+from model_zoo import build_tiny
+from oracles import CHECKPOINTING, as_sets, foreign_record, gradients, use_checkpointing
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
+from trl_r3.cli.experts import executed_ids
+from trl_r3.routers.packing import PackedBatch
+
+# prompts padded on the left, completions on the right; one without padding
+MASK = torch.tensor([[0] * 5 + [1] * 7, [1] * 9 + [0] * 3, [0, 0] + [1] * 8 + [0, 0], [1] * 12])
+IDS = (torch.arange(48).reshape(4, 12) * 7 + 3) % 100 + 10
+SCORED = (MASK == 1) & (MASK.roll(1, 1) == 1) & (torch.arange(12) > 0)  # what a real token predicts
+
+
+def loss_of(model, mask=MASK, **kwargs):
+    labels = IDS.masked_fill(~SCORED, -100)
+    given = {"attention_mask": mask, "use_cache": False, "output_router_logits": True, **kwargs}
+    return model(input_ids=IDS, labels=labels, **given)
+
+
+def trained(padding, gating="intercept", checkpointing="none", model=None, record=None, **kwargs):
+    """What a replayed update did."""
+    model = model or tiny_qwen3_moe()
+    use_checkpointing(model, checkpointing)
+    with RouterReplay(model, gating, padding) as replay:
+        if record is None:
+            record = foreign_record(replay, 4, 12)
+        with executed_ids(model) as seen, replay.replay(record) as stats:
+            output = loss_of(model, **kwargs)
+            output.loss.backward()
+        counts = {name: float(getattr(stats, name)) for name in ("changed_routers", "compared_tokens")}
+        why = replay.padding.why
+    return output, gradients(model), seen, record, counts, why
+
+
+def assert_same(one, other):
+    assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-6)
+    assert one.aux_loss.item() == pytest.approx(other.aux_loss.item(), rel=1e-6)
+    for a, b in zip(one.router_logits, other.router_logits, strict=True):
+        real = MASK.flatten().bool()
+        torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-5)
+        assert a.shape == b.shape
+
+
+def assert_same_gradients(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        scale = other[name].abs().max()
+        assert (one[name] - other[name]).abs().max() <= 1e-5 * scale + 1e-9, name
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("gating", ["intercept", "op"])
+def test_an_update_is_that_of_the_padded_batch(gating, checkpointing):
+    padded, expected, rows, record, counted, why = trained("keep", gating, checkpointing)
+    assert why == "asked to keep it" and {len(ids) for calls in rows.values() for ids in calls} == {48}
+    packed, found, seen, _, counts, why = trained("auto", gating, checkpointing)
+    assert why is None
+    assert_same(packed, padded)
+    assert_same_gradients(found, expected)
+    assert counts == counted and counts["changed_routers"] > 0.9 * counts["compared_tokens"] * 3  # routes of nobody
+    real = as_sets(record)[MASK.bool()]
+    for calls in (torch.stack(each, 1) for each in zip(*seen.values(), strict=True)):  # the recompute, too
+        assert calls.shape[0] == int(MASK.sum()), "experts saw padding"
+        assert torch.equal(as_sets(calls), real)
+    assert len(seen[0]) == (1 if checkpointing == "none" else 2)
+
+
+def test_missing_rows_route_live_and_are_never_padding():
+    with RouterReplay(tiny_qwen3_moe()) as replay:
+        record = foreign_record(replay, 4, 12)
+    record[0, 6:9] = -1
+    padded, expected, *_, counted, _ = trained("keep", record=record)
+    packed, found, *_, counts, why = trained("auto", record=record)
+    assert why is None and counts == counted
+    assert_same(packed, padded)
+    assert_same_gradients(found, expected)
+
+
+def holes(mask):
+    mask = mask.clone()
+    mask[3, 4] = 0
+    return mask
+
+
+PADDED = {
+    "a hole in a sequence": {"mask": holes(MASK)},
+    "no padding": {"mask": torch.ones_like(MASK)},
+    "a mask for each pair": {"mask": torch.ones(4, 1, 12, 12).tril().bool(), "output_router_logits": False},
+    "hidden states": {"output_hidden_states": True},
+    "a cache": {"use_cache": True},
+}
+
+
+@pytest.mark.parametrize("kwargs", PADDED.values(), ids=PADDED)
+def test_what_cannot_be_packed_stays_padded(kwargs):
+    padded, expected, rows, *_ = trained("keep", **kwargs)
+    packed, found, seen, *_ = trained("auto", **kwargs)
+    assert {len(ids) for calls in seen.values() for ids in calls} == {48}
+    assert torch.equal(packed.loss, padded.loss)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_row_without_a_real_token():
+    """As TRL makes them of completions that were cut, with a prompt of nothing."""
+    mask = MASK.clone()
+    mask[1] = 0
+    padded, _, _, record, *_ = trained("keep", mask=mask)
+    packed, _, seen, *_ = trained("auto", mask=mask)
+    assert {len(ids) for calls in seen.values() for ids in calls} == {int(mask.sum())}
+    real = mask.bool()
+    torch.testing.assert_close(packed.logits[real], padded.logits[real], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_ones_own():
+    """Those of a padded batch that counts real tokens only, as `generate` does."""
+    positions = (MASK.cumsum(1) - 1).clamp(min=0)
+    padded, expected, *_ = trained("keep", position_ids=positions)
+    packed, found, seen, *_ = trained("auto", position_ids=positions)
+    assert {len(ids) for calls in seen.values() for ids in calls} == {int(MASK.sum())}
+    assert_same(packed, padded)
+    assert_same_gradients(found, expected)
+
+
+# Which models allow it
+
+KEPT = {
+    "llama4_text": "a mask of its own",  # chunks
+    "qwen3_next": "logits differ",  # a state that runs on from sequence to sequence
+    "lfm2_moe": "logits differ",  # a convolution that does
+    "gpt_oss": "'eager'",  # sinks
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "olmoe", "minimax_m2"])
+def test_families_that_are_packed(family):
+    model = build_tiny(family)
+    with RouterReplay(model, padding="auto") as replay:
+        assert replay.padding.why is None and "padding=skipped" in repr(replay)
+
+
+@pytest.mark.parametrize(("family", "text"), KEPT.items())
+def test_families_that_stay_padded(family, text):
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with RouterReplay(build_tiny(family), padding="auto") as replay:
+        assert text in replay.padding.why and f"padding=kept: {replay.padding.why}" in repr(replay)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+
+
+def test_a_window_that_is_wider_than_the_check():
+    """Its few tokens would not show it."""
+    model = build_tiny("mixtral", sliding_window=4096)
+    with RouterReplay(model, padding="auto") as replay:
+        assert "a `sliding_window`" in replay.padding.why or "a mask of its own" in replay.padding.why
+
+
+def test_attention_across_sequences_is_found(monkeypatch):
+    """The wrong variant: real tokens in one row, as one sequence."""
+    of = PackedBatch.of.__func__
+
+    def as_one(cls, mask):
+        batch = of(cls, mask)
+        batch.lengths = [sum(batch.lengths)]
+        return batch
+
+    monkeypatch.setattr(PackedBatch, "of", classmethod(as_one))
+    with RouterReplay(tiny_qwen3_moe(), padding="auto") as replay:
+        assert "packed and padded logits differ by" in replay.padding.why
+
+
+def test_attention_that_goes_another_way_later_is_an_error():
+    model = tiny_qwen3_moe()
+    with RouterReplay(model, padding="auto") as replay:
+        record = foreign_record(replay, 4, 12)
+        model.config._attn_implementation = "eager"
+        text = "attention ran 0 times in a packed forward, expected 4"
+        with pytest.raises(RuntimeError, match=text), replay.replay(record):
+            loss_of(model)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"]
+
+
+# Transformers is given back
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_handles_in_any_order(order):
+    registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    own = [registry["sdpa"] for registry in registries]
+    models = [tiny_qwen3_moe(), tiny_qwen3_moe()]
+    handles = [RouterReplay(model, padding="auto") for model in models]
+    assert all(registry["sdpa"] is not each for registry, each in zip(registries, own, strict=True))
+    first, second = order
+    handles[first].remove()
+    with handles[second].replay(foreign_record(handles[second], 4, 12)), executed_ids(models[second]) as seen:
+        loss_of(models[second])
+    assert {len(ids) for calls in seen.values() for ids in calls} == {int(MASK.sum())}
+    live = models[first](input_ids=IDS, attention_mask=MASK).logits
+    handles[second].remove()
+    assert torch.equal(models[first](input_ids=IDS, attention_mask=MASK).logits, live)
+    with torch.no_grad():
+        assert registries[0]["sdpa"](*_attention()) is not None
+    assert [registry["sdpa"] for registry in registries] == own
+
+
+def _attention():
+    module = tiny_qwen3_moe().model.layers[0].self_attn
+    heads = module.config.num_attention_heads, module.config.num_key_value_heads
+    query, key, value = (torch.randn(1, n, 5, 16) for n in (heads[0], heads[1], heads[1]))
+    return module, query, key, value, None
+
+
+def test_a_setting_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"`padding` is 'trim', expected one of \('keep', 'auto'\)"):
+        RouterReplay(tiny_qwen3_moe(), padding="trim")
+
+
+def test_a_loop_of_ones_own():
+    model = tiny_qwen3_moe()
+    replay = enable_routing_replay(model, padding="auto")
+    record = foreign_record(replay, 4, 12)
+    with executed_ids(model) as seen:
+        loss_of(model, routed_experts=record).loss.backward()
+    assert {len(ids) for calls in seen.values() for ids in calls} == {int(MASK.sum())}
+    disable_routing_replay(model)
