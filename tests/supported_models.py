@@ -28,10 +28,13 @@ Every mixture-of-experts model type of Transformers {version} that generates tex
 executes exactly its ids; `generate()` returns routes; gradients with checkpointing of both kinds equal those without.
 Attaching repeats the check of each router on the real weights. Types with images or audio were checked on text.
 
-Supported: {supported} of {total}.
+The last column says what `padding="auto"` ([settings](settings.md#padding)) does with the small model: skip padding,
+or keep it for a reason. Attaching decides for a model of yours, whose config may have a window that this one has not.
 
-| Model type | Class | Router |
-|---|---|---|
+Supported: {supported} of {total}; padding is skipped for {skipped}.
+
+| Model type | Class | Router | Padding |
+|---|---|---|---|
 """
 REFUSED = """
 ## Refused
@@ -51,6 +54,7 @@ class Family:
     model_class: str
     router: str | None
     refusal: str | None
+    padding: str = ""
 
 
 @cache
@@ -59,11 +63,13 @@ def examine(model_type: str) -> Family:
     model = build_tiny(model_type)
     name = type(model).__name__
     try:
-        replay = RouterReplay(model)
+        replay = RouterReplay(model, padding="auto")
     except UnsupportedRouterError as error:
         return Family(model_type, name, None, str(error))
     router = repr(replay).removeprefix("RouterReplay(").partition(",")[0]
-    return Family(model_type, name, router, None)
+    padding = str(replay.padding).partition(" (")[0]  # without numbers, which another machine rounds otherwise
+    replay.remove()
+    return Family(model_type, name, router, None, padding)
 
 
 def listed_types() -> list[str]:
@@ -75,8 +81,11 @@ def render() -> str:
     """The page."""
     families = [examine(model_type) for model_type in sorted(MODEL_TYPES)]
     supported = [family for family in families if family.refusal is None]
-    head = HEAD.format(version=transformers.__version__, supported=len(supported), total=len(families))
-    rows = [f"| `{f.model_type}` | `{f.model_class}` | `{f.router}` |" for f in supported]
+    skipped = sum(family.padding == "skipped" for family in supported)
+    head = HEAD.format(
+        version=transformers.__version__, supported=len(supported), total=len(families), skipped=skipped
+    )
+    rows = [f"| `{f.model_type}` | `{f.model_class}` | `{f.router}` | {f.padding} |" for f in supported]
     refused = [f"| `{f.model_type}` | `{f.model_class}` | {f.refusal} |" for f in families if f.refusal is not None]
     return head + "\n".join(rows) + "\n" + REFUSED + "\n".join(refused) + "\n"
 

@@ -56,7 +56,7 @@ def _try_replay(loaded: LoadedModel) -> int:
     """Attach, replay and print; the exit status."""
     model = loaded.model
     try:
-        replay = RouterReplay(model)
+        replay = RouterReplay(model, padding="auto")
     except UnsupportedRouterError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -150,6 +150,7 @@ def _table(model: Any, replay: RouterReplay, findings: dict[str, tuple[bool, str
     table.add_row(
         "stored bytes a token", str(len(replay.moe_layers) * replay.top_k * replay.layout.storage_dtype.itemsize)
     )
+    table.add_row("padding, if it may be skipped", str(replay.padding))
     for what, (passed, seen) in findings.items():
         table.add_row(what, f"{'passes' if passed else 'FAILS'}: {seen}")
     return table

@@ -46,6 +46,7 @@ class Padding:
     def __init__(self, stack: nn.Module, active: ActivePass):
         self.stack, self.active = stack, active
         self.why: str | None = "asked to keep it"
+        self.why_not_last: str | None = None  # what spoke against it in the last forward alone
         self._attention: PackedAttention | None = None
 
     def __str__(self) -> str:
@@ -70,9 +71,10 @@ class Padding:
 
     def packed(self, args: tuple, kwargs: dict[str, Any]) -> PackedBatch | None:
         """Where the real tokens of a forward are, if it goes over these alone."""
-        if self.why is not None or why_padded(args, kwargs) is not None:
+        if self.why is not None:
             return None
-        return PackedBatch.of(kwargs["attention_mask"])
+        self.why_not_last = why_padded(args, kwargs)
+        return None if self.why_not_last else PackedBatch.of(kwargs["attention_mask"])
 
     def skipping(self, pass_: Pass, packed: PackedBatch, forward: Callable) -> Callable:
         """The forward of the stack over real tokens alone, in a pass over these."""
@@ -119,14 +121,16 @@ class Padding:
                 self.why = None
                 packed = logits()
         except Exception as error:  # whatever it is, a padded forward does without
-            return f"a packed forward raises {type(error).__name__}: {str(error)[:200]}"
+            return f"a packed forward raises {type(error).__name__} ({str(error)[:200]})"
         finally:
             shard_again(model)
             forget_forwards(model)
+        if self.why_not_last is not None:
+            return f"{type(self.stack).__name__} stays padded where {self.why_not_last}"
         difference = (packed.double() - padded.double()).abs().max().item()
         allowed = _TOLERANCE.get(padded.dtype, _COARSE) * padded.abs().max().item()
         if not difference <= allowed:
-            return f"packed and padded logits differ by {difference:.2g}, where {allowed:.2g} is rounding"
+            return f"packed and padded logits differ (by {difference:.2g}, where {allowed:.2g} is rounding)"
         return None
 
 
