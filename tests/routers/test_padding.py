@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
-from trl_r3.cli.experts import executed_ids
+from trl_r3.cli.experts import executed_ids, experts_of
 from trl_r3.routers.packing import PackedBatch
 
 # prompts padded on the left, completions on the right; one without padding
@@ -135,45 +135,82 @@ def test_positions_of_ones_own():
 
 # Which models allow it
 
-KEPT = {
-    "llama4_text": "a mask of its own",  # chunks
-    "qwen3_next": "logits differ",  # a state that runs on from sequence to sequence
-    "lfm2_moe": "logits differ",  # a convolution that does
-    "gpt_oss": "'eager'",  # sinks
-}
+
+def rows_of_experts(model):
+    """How many rows the experts compute in each call, inside of whatever is put around them later."""
+    rows = set()
+    for module in experts_of(model).values():
+
+        def forward(hidden, *args, own=module.forward, **kwargs):
+            rows.add(hidden.flatten(0, -2).shape[0])
+            return own(hidden, *args, **kwargs)
+
+        module.forward = forward
+    return rows
 
 
-SKIPPED = re.findall(r"^\| `(\w+)` .* \| skipped \|$", PAGE.read_text(encoding="ascii"), re.MULTILINE)
+TEXT = PAGE.read_text(encoding="ascii")
+SKIPPED = re.findall(r"^\| `(\w+)` .* \| skipped \|$", TEXT, re.MULTILINE)
+BY_EXPERTS = re.findall(r"^\| `(\w+)` .* \| skipped by experts only: .* \|$", TEXT, re.MULTILINE)
 
 
-@pytest.mark.parametrize("family", SKIPPED)
-def test_families_that_are_packed(family):
-    """Each that the page of supported models names: an update through experts of nobody, packed and padded."""
+def test_the_page_names_families_of_both_kinds():
+    assert len(SKIPPED) > 20 and len(BY_EXPERTS) > 30
+
+
+@pytest.mark.parametrize("family", [*SKIPPED, *BY_EXPERTS])
+def test_families_that_skip(family):
+    """Each that the page of supported models names: an update through experts of nobody, without padding and with."""
     found = {}
     for padding in ("keep", "auto"):
         model = build_tiny(family).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+        rows = rows_of_experts(model)
         with RouterReplay(model, padding=padding) as replay:
-            assert replay.padding.why == {"keep": "asked to keep it", "auto": None}[padding]
-            with executed_ids(model) as seen, replay.replay(foreign_record(replay, 4, 12)):
+            rows.clear()  # of attaching
+            with replay.replay(foreign_record(replay, 4, 12)):
                 labels = IDS.masked_fill(~SCORED, -100)
                 loss = model(input_ids=IDS, attention_mask=MASK, labels=labels, use_cache=False).loss
             loss.backward()
-        rows = {len(ids) for calls in seen.values() for ids in calls}
         found[padding] = loss.item(), gradients(model), rows
     assert found["keep"][2] == {48} and found["auto"][2] == {int(MASK.sum())}
     assert found["auto"][0] == pytest.approx(found["keep"][0], rel=1e-5)
     assert_same_gradients(found["auto"][1], found["keep"][1], 1e-4)
 
 
+KEPT = {"llama4_text": "a mask of its own", "deepseek_v4": "'eager'"}
+
+
 @pytest.mark.parametrize(("family", "text"), KEPT.items())
-def test_families_that_stay_padded(family, text):
-    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with RouterReplay(build_tiny(family), padding="auto") as replay:
+def test_families_that_keep_padding(family, text):
+    own, model = ALL_ATTENTION_FUNCTIONS["sdpa"], build_tiny(family)
+    with RouterReplay(model, padding="auto") as replay:
         assert text in replay.padding.why and f"padding=kept: {replay.padding.why}" in repr(replay)
+        assert "; and without it in its experts, " in replay.padding.why
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+        assert not any("forward" in vars(module) for module in experts_of(model).values())
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("gating", ["intercept", "op"])
+def test_by_experts_only_it_is_the_update_of_the_padded_batch(gating, checkpointing):
+    found = {}
+    for padding in ("keep", "auto"):
+        model = tiny_qwen3_moe()
+        model.config._attn_implementation = "eager"
+        rows = rows_of_experts(model)
+        found[padding] = (*trained(padding, gating, checkpointing, model), rows)
+    padded, expected, seen, record, counted, _, _ = found["keep"]
+    packed, grads, ids, _, counts, why, rows = found["auto"]
+    assert "'eager'" in why and int(MASK.sum()) in rows and 48 not in rows
+    assert_same(packed, padded)
+    assert_same_gradients(grads, expected)
+    assert counts == counted and counts["changed_routers"] > 0.9 * counts["compared_tokens"] * 3
+    for calls in zip(*ids.values(), strict=True):  # what arrives, in the recompute, too
+        executed = torch.stack(calls, 1).unflatten(0, (4, 12))
+        assert torch.equal(as_sets(executed)[MASK.bool()], as_sets(record)[MASK.bool()])
 
 
 def test_a_window_that_is_wider_than_the_check():

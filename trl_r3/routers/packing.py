@@ -58,8 +58,10 @@ class PackedBatch:
         """(N, ...) of the `(B * T, ...)` rows of the padded batch, wherever these are."""
         return values[self.rows_N.to(values.device)]
 
-    def place(self, rows_M: Tensor) -> Tensor:
+    def place(self, rows_M: Tensor | None) -> Tensor | None:
         """Where rows of the padded batch are among the real ones."""
+        if rows_M is None:
+            return None
         place = self.rows_N.new_zeros(self.size[0] * self.size[1])
         place[self.rows_N] = torch.arange(len(self.rows_N), device=place.device)
         return place[rows_M]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import forget_forwards, shard_again
+from .compaction import CompactExperts, RealRows
 from .packing import PackedAttention, PackedBatch, why_padded
 from .patches import ActivePass, Pass
 from .probe import input_device
@@ -48,26 +49,31 @@ class Padding:
         self.why: str | None = "asked to keep it"
         self.why_not_last: str | None = None  # what spoke against it in the last forward alone
         self._attention: PackedAttention | None = None
+        self._experts: CompactExperts | None = None
 
     def __str__(self) -> str:
-        return "skipped" if self.why is None else f"kept: {self.why}"
+        if self.why is None:
+            return "skipped"
+        return f"{'kept' if self._experts is None else 'skipped by experts only'}: {self.why}"
 
     def try_skipping(self, model: nn.Module, replay: RouterReplay) -> None:
-        """Skip it from now on, if the model allows."""
+        """Skip it from now on, by all modules or by the experts, if the model allows."""
         self._attention = PackedAttention(self.stack, self.active)
         try:
             self.why = self._why_not(model, replay, self._attention)
+            if self.why is not None:
+                self.remove()
+                self._try_experts(model, replay)
         except BaseException:
             replay.remove()
             raise
-        if self.why is not None:
-            self.remove()
 
     def remove(self) -> None:
-        """Give attention back."""
-        if self._attention is not None:
-            self._attention.remove()
-            self._attention = None
+        """Give attention and experts back."""
+        for part in (self._attention, self._experts):
+            if part is not None:
+                part.remove()
+        self._attention = self._experts = None
 
     def packed(self, args: tuple, kwargs: dict[str, Any]) -> PackedBatch | None:
         """Where the real tokens of a forward are, if it goes over these alone."""
@@ -76,8 +82,14 @@ class Padding:
         self.why_not_last = why_padded(args, kwargs)
         return None if self.why_not_last else PackedBatch.of(kwargs["attention_mask"])
 
-    def skipping(self, pass_: Pass, packed: PackedBatch, forward: Callable) -> Callable:
-        """The forward of the stack over real tokens alone, in a pass over these."""
+    def around(
+        self, pass_: Pass, packed: PackedBatch | None, forward: Callable, main: Tensor, kwargs: dict[str, Any]
+    ) -> Callable:
+        """The forward of the stack over real tokens alone, or one of a padded batch `main` whose experts see these."""
+        if packed is None:
+            if self._experts is not None:
+                pass_.real = RealRows.of(kwargs.get("attention_mask"), main)
+            return forward
         attention = self._attention
         assert attention is not None  # or nothing is packed
         pass_.lengths = packed.lengths
@@ -94,44 +106,83 @@ class Padding:
         return run
 
     def _why_not(self, model: nn.Module, replay: RouterReplay, attention: PackedAttention) -> str | None:
-        """
-        What speaks against it: sequences of unequal length, padded on both sides, go through experts of nobody, and
-        their logits are compared.
-        """
+        """What speaks against packing."""
         if attention.implementation != "sdpa":
             return f"its attention is {attention.implementation!r}, and only 'sdpa' is packed"
-        layout, device = replay.layout, input_device(model)
-        mask_BT = torch.tensor(_MASK, device=device)
-        vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        ids_BT = (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) * 7 + 3) % vocab
-        scores = torch.rand(*mask_BT.shape, len(layout.moe_layers), layout.num_experts, generator=_seeded())
-        record_BTLK = scores.argsort(-1)[..., : layout.top_k]
 
-        def logits() -> Tensor:
-            with replay.replay(record_BTLK):
-                output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-            return output.logits[mask_BT.bool()].detach()
+        def between() -> str | None:
+            attention.expected = attention.calls
+            self.why = None
+            if attention.calls:
+                return attention.refused or None
+            return "its attention is not the one that Transformers registers"
 
-        try:
-            with evaluating(model):
-                padded = logits()
-                attention.expected = attention.calls
-                if attention.refused or not attention.calls:
-                    return attention.refused or "its attention is not the one that Transformers registers"
-                self.why = None
-                packed = logits()
-        except Exception as error:  # whatever it is, a padded forward does without
-            return f"a packed forward raises {type(error).__name__} ({str(error)[:200]})"
-        finally:
-            shard_again(model)
-            forget_forwards(model)
-        if self.why_not_last is not None:
+        why = _differs(model, replay, between)
+        if why is None and self.why_not_last is not None:
             return f"{type(self.stack).__name__} stays padded where {self.why_not_last}"
-        difference = (packed.double() - padded.double()).abs().max().item()
-        allowed = _TOLERANCE.get(padded.dtype, _COARSE) * padded.abs().max().item()
-        if not difference <= allowed:
-            return f"packed and padded logits differ (by {difference:.2g}, where {allowed:.2g} is rounding)"
-        return None
+        return why
+
+    def _try_experts(self, model: nn.Module, replay: RouterReplay) -> None:
+        compact: CompactExperts | None = None
+        why, self.why = self.why, "not tried yet"
+
+        def between() -> None:
+            nonlocal compact
+            compact = self._experts = CompactExperts(self.stack, self.active)
+
+        differs = _differs(model, replay, between)
+        if differs is None and compact is not None and compact.calls != len(replay.moe_layers):
+            differs = f"{compact.calls} modules of experts ran, for {len(replay.moe_layers)} MoE layers"
+        if differs is not None:
+            self.remove()
+            why = f"{why}; and without it in its experts, {differs}"
+        self.why = why
+
+
+def _differs(model: nn.Module, replay: RouterReplay, between: Callable[[], str | None]) -> str | None:
+    """
+    Score sequences of unequal length, padded on both sides, through experts of nobody, before and after a change.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, attached.
+        replay ([`RouterReplay`]):
+            Its handle.
+        between (`Callable`):
+            Makes the change, or says what speaks against it.
+
+    Returns:
+        `str`, *optional*: How the logits of real tokens differ, what was raised, or what spoke against the change.
+    """
+    layout, device = replay.layout, input_device(model)
+    mask_BT = torch.tensor(_MASK, device=device)
+    vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+    ids_BT = (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) * 7 + 3) % vocab
+    scores = torch.rand(*mask_BT.shape, len(layout.moe_layers), layout.num_experts, generator=_seeded())
+    record_BTLK = scores.argsort(-1)[..., : layout.top_k]
+
+    def logits() -> Tensor:
+        with replay.replay(record_BTLK):
+            output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        return output.logits[mask_BT.bool()].detach()
+
+    try:
+        with evaluating(model):
+            padded = logits()
+            against = between()
+            if against is not None:
+                return against
+            skipped = logits()
+    except Exception as error:  # whatever it is, a padded forward does without
+        return f"a packed forward raises {type(error).__name__} ({str(error)[:200]})"
+    finally:
+        shard_again(model)
+        forget_forwards(model)
+    difference = (skipped.double() - padded.double()).abs().max().item()
+    allowed = _TOLERANCE.get(padded.dtype, _COARSE) * padded.abs().max().item()
+    if not difference <= allowed:
+        return f"packed and padded logits differ (by {difference:.2g}, where {allowed:.2g} is rounding)"
+    return None
 
 
 def _seeded() -> torch.Generator:

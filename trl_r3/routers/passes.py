@@ -18,6 +18,7 @@ from .._compat import unseen_by_checkpoints
 from ..gating import RowStatus
 from ..records.metrics import changed_layers
 from ..records.record import RoutingLayout, missing_rows, unpack
+from .compaction import RealRows
 from .router import Router
 
 
@@ -27,6 +28,7 @@ class LivePass:
     replays = False
     lengths: list[int] | None = None
     attended = 0
+    real: RealRows | None = None
 
     def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The router's own forward."""
@@ -47,6 +49,7 @@ class RecordingPass:
     replays = False
     lengths: list[int] | None = None
     attended = 0
+    real: RealRows | None = None
 
     def __init__(self, routers: Sequence[Router], layout: RoutingLayout):
         self.routers = routers

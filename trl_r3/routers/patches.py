@@ -86,6 +86,8 @@ class Pass(Protocol):
     """Of its sequences, where it is packed."""
     attended: int
     """Calls of attention so far."""
+    real: Any
+    """The [`RealRows`] that experts see, where it is padded and they do not see all."""
 
     def route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run router `index` as this pass wants it."""

@@ -54,8 +54,8 @@ class RouterReplay:
             are installed, else interception. Interception is the model's own code, bit for bit; the op rounds
             otherwise.
         padding (`str`, *optional*, defaults to `"keep"`):
-            `"keep"`: padding goes through every layer, as it does live. `"auto"`: a forward that replays sees real
-            tokens only where one of this model was found equal to a padded one, up to rounding; its output is padded.
+            `"keep"`: padding goes through every layer, as it does live. `"auto"`: in replay layers, or at least their
+            experts, see real tokens only, if a forward of this model was found equal to a padded one up to rounding.
 
     Raises:
         [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
@@ -283,12 +283,10 @@ class RouterReplay:
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = self._recomputes or torch.is_grad_enabled()
         observed_M = None if source.observed is None else source.observed.to(main.device)
-        if packed is not None and observed_M is not None:
+        if packed is not None:
             observed_M = packed.place(observed_M)
         pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M)
-        if packed is not None:
-            forward = self.padding.skipping(pass_, packed, forward)
-        output = self._run(pass_, forward, args, kwargs)
+        output = self._run(pass_, self.padding.around(pass_, packed, forward, main, kwargs), args, kwargs)
         live_MLK = pass_.observed_live()
         changed_NL = pass_.close()
         if live_MLK is not None:

@@ -47,9 +47,9 @@ class RoutingReplayConfigMixin:
             code, bit for bit; `"op"` computes the gate with [`masked_topk_gating`], equal up to rounding; `"auto"`
             takes the op where its compiled kernels are installed and cover the gate.
         routing_replay_padding (`str`, *optional*, defaults to `"keep"`):
-            What replay makes of padding: `"keep"` lets it go through every layer, as TRL does; `"auto"` gives the
-            layers real tokens only, where a forward of the model was found equal to a padded one. Losses and gradients
-            are equal up to rounding. While traces are written padding is kept.
+            What replay makes of padding: `"keep"` lets it go through every layer, as TRL does; `"auto"` gives layers,
+            or at least their experts, real tokens only, if a forward of the model was found equal to a padded one.
+            Losses and gradients are equal up to rounding. While traces are written padding is kept.
         routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
             What a record that does not fit its tokens gets, before the optimizer moves: `"error"`, `"warn"` or
             `"off"`. Records of vLLM and of a `rollout_func` are judged; those that this package makes itself are only
@@ -112,8 +112,8 @@ class RoutingReplayConfigMixin:
         default="keep",
         metadata={
             "help": "What replay makes of padding: 'keep' lets it go through every layer, as TRL does; 'auto' gives "
-            "the layers real tokens only, where a forward of the model was found equal to a padded one. Losses and "
-            "gradients are equal up to rounding. While traces are written padding is kept.",
+            "layers, or at least their experts, real tokens only, if a forward of the model was found equal to a "
+            "padded one. Losses and gradients are equal up to rounding. While traces are written padding is kept.",
             "choices": list(PADDINGS),
         },
     )
