@@ -29,7 +29,8 @@ executes exactly its ids; `generate()` returns routes; gradients with checkpoint
 Attaching repeats the check of each router on the real weights. Types with images or audio were checked on text.
 
 The last column says what `padding="auto"` ([settings](settings.md#padding)) does with the small model: skip padding,
-skip it in the experts only, or keep it, for a reason. Attaching decides for a model of yours, whose config may have a window that this one has not.
+skip it in the experts only, or keep it, for a reason. Attaching decides for a model of yours, whose config may have a
+window that this one has not.
 
 Supported: {supported} of {total}; padding is skipped for {skipped}.
 

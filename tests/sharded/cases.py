@@ -28,6 +28,7 @@ def of_any_processes(config: str, url: str) -> dict[str, list]:
     """What is trained whether weights are sharded or not; the server at a URL answers some."""
     found = {f"{config} server {way}": ["--rollouts", "mock", "--url", url, *KEEPS, *WAYS[way]] for way in WAYS}
     found |= {f"{config} {rollouts}": ["--rollouts", rollouts, *KEEPS] for rollouts in ("own", "batching")}
+    found |= {f"{config} unpadded {way}": ["--padding", "auto", *KEEPS, *WAYS[way]] for way in WAYS}
     return {**found, f"{config} masks": ["--masks", *KEEPS]}
 
 

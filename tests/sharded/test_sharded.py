@@ -75,6 +75,21 @@ def test_rollouts_of_a_server(folder, results, alone, config):
         torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_without_padding_they_learn_the_same(folder, results, alone, config):
+    """Each process has as much work as its sequences have tokens."""
+    way, expected, weights = alone
+    ranks = results(f"{config} unpadded {way}")
+    assert all(report["skipped"] > 0 for report in ranks)
+    for report in ranks:
+        assert_replayed(report, KINDS[config])
+        for log, own in zip(report["log"], expected["log"], strict=True):
+            for metric in ("loss", "grad_norm", "entropy"):
+                assert log[metric] == pytest.approx(own[metric], rel=1e-4, abs=1e-5), metric
+    for key, value in trained(folder, f"{config} unpadded {way}", way).items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rollouts", ["own", "batching"])
 @pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_rollouts_of_the_policies_are_recorded_and_replayed(results, config, rollouts):

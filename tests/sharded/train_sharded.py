@@ -67,7 +67,7 @@ class Watched(R3GRPOTrainer):
     def __init__(self, *args, own_rollouts: bool = False, **kwargs):
         self.own_rollouts, self.fed = own_rollouts, {}  # rows of own rollouts, by tokens
         self.batch = None
-        self.wrong, self.compared, self.calls = 0, 0, 0
+        self.wrong, self.compared, self.calls, self.skipped = 0, 0, 0, 0
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self):
@@ -81,6 +81,9 @@ class Watched(R3GRPOTrainer):
             return
         self.calls += 1
         input_ids, mask = self.batch
+        if len(ids_NK) != input_ids.numel():  # real tokens only
+            real, self.skipped = mask.flatten().bool(), self.skipped + input_ids.numel() - len(ids_NK)
+            ids_NK = ids_NK.new_zeros(input_ids.numel(), ids_NK.shape[1]).masked_scatter(real[:, None], ids_NK)
         for tokens, real, executed in zip(input_ids, mask.bool(), ids_NK.unflatten(0, input_ids.shape), strict=True):
             sequence = tuple(tokens[real].tolist())
             expected = self._expected(sequence)[:, MOE_LAYERS.index(layer)]
@@ -125,6 +128,7 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1, help="Processes that share a colocated engine.")
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--gating", default="intercept")
+    parser.add_argument("--padding", default="keep")
     parser.add_argument("--checkpointing", choices=["none", "reentrant", "non-reentrant"], default="none")
     parser.add_argument("--optim", default="sgd")  # AdamW makes large steps of gradients that are rounding only
     parser.add_argument("--twice", action="store_true")
@@ -206,6 +210,7 @@ def make_trainer(folder: Path, name: str, options: argparse.Namespace) -> Watche
             top_p=0.8 if options.masks else 1.0,
             routing_replay_alarm="error" if own else "off",  # nobody's routes fit no tokens
             routing_replay_gating=options.gating,
+            routing_replay_padding=options.padding,
             use_cpu=True,
             bf16=options.bf16,
             optim=options.optim,
@@ -260,6 +265,7 @@ def train(folder: Path, name: str, options: argparse.Namespace, put: Put) -> dic
         "wrong": trainer.wrong,
         "compared": trainer.compared,
         "calls": trainer.calls,
+        "skipped": trainer.skipped,
         "sent": sent,
         "log": [log for log in trainer.state.log_history if "loss" in log],
     }
