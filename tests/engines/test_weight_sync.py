@@ -141,6 +141,23 @@ def test_float32_is_sent_as_by_trl(sending, fake):
     assert_same(*sent)
 
 
+@pytest.mark.parametrize("what", ["attention", "experts"])
+def test_what_is_packed_after_the_last_was_read_is_merged(sending, fake, monkeypatch, what):
+    """TRL's client packs the last GB when all is read, and TRL has taken the adapter out of its tensors by then."""
+    trainer, _ = sending(fake, adapted(what, torch.float32))
+    expected, held = weights(copy.deepcopy(trainer.model).merge_and_unload()), list[dict[str, torch.Tensor]]()
+
+    def hold(client, metadata, params):
+        held.append(dict(params))
+
+    monkeypatch.setattr(vllm_client.VLLMClient, "update_named_params", hold)
+    trainer.vllm_generation.sync_weights()
+    VLLMGeneration.sync_weights(trainer.vllm_generation)
+    assert_same(held[0], expected)
+    with pytest.raises(AssertionError, match="self_attn.q_proj.weight"):
+        assert_same(held[1], expected)
+
+
 def test_an_exception_leaves_the_policy_as_it_was(sending, fake, monkeypatch):
     trainer, sent = sending(fake, adapted("experts", torch.bfloat16))
     policy, before, own = trainer.model, weights(trainer.model), set(vars(trainer.model))
