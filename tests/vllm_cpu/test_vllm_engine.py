@@ -132,6 +132,19 @@ def test_no_stale_rows_behind_a_hit_in_an_external_cache(model, model_folder, tm
         cpu_engine.close(llm)
 
 
+@pytest.mark.skipif(not cpu_engine.SECOND_RUNNER, reason="a draft model of vLLM 0.30 needs a GPU")
+def test_a_draft_model_is_refused_with_routes(model_folder):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    draft = {"method": "draft_model", "model": str(model_folder), "num_speculative_tokens": 2}
+    try:
+        with pytest.raises(ValueError, match="AuxOutput Connector only supports generate runners"):
+            start(model_folder, speculative_config=draft)
+    finally:
+        cleanup_dist_env_and_memory()
+    cpu_engine.close(start(model_folder, speculative_config=draft, enable_return_routed_experts=False))
+
+
 def test_end_token_first(llm, model):
     outputs = generate(llm, [tokens(9, 14)], n=2, max_tokens=50, logit_bias={cpu_engine.EOS: 100.0}, logprobs=None)
     for completion in outputs[0].outputs:
