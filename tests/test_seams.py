@@ -33,6 +33,8 @@ from torch.utils import _python_dispatch, checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.distributed import DistributedConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, requests
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.generation import vllm_client, vllm_generation
 from trl.import_utils import is_vllm_available
@@ -487,6 +489,16 @@ SEAMS = [
     ),
     Seam("_compat.py", "torch._dynamo.OptimizedModule", lambda: isinstance(torch._dynamo.OptimizedModule, type)),
     Seam("records/samples.py", "torch.Tensor._version", lambda: torch.zeros(1).add_(1)._version == 1),
+    Seam(
+        "_compat.py",
+        "PreTrainedConfig._attn_implementation names an entry of ALL_ATTENTION_FUNCTIONS",
+        lambda: build_tiny("qwen3_moe").config._attn_implementation in ALL_ATTENTION_FUNCTIONS,
+    ),
+    Seam(
+        "routers/packing.py",
+        "create_causal_mask asks ALL_MASK_ATTENTION_FUNCTIONS with the mask_function",
+        lambda: "mask_function" in {k.arg for k in ast.walk(tree(create_causal_mask)) if isinstance(k, ast.keyword)},
+    ),
     Seam("_compat.py", "torch._C._current_graph_task_id", lambda: torch._C._current_graph_task_id() == -1),
     Seam("_compat.py", "torch._C._len_torch_dispatch_stack", lambda: torch._C._len_torch_dispatch_stack() == 0),
     Seam(

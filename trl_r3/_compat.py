@@ -219,6 +219,15 @@ def extra_fields(generated: tuple) -> dict[str, Any]:
     return generated[_EXTRA_FIELDS]
 
 
+def attention_of(stack: nn.Module) -> str | None:
+    """
+    Which attention a model of Transformers runs, by its name in their registry.
+
+    Goes when Transformers has a public way to ask.
+    """
+    return getattr(getattr(stack, "config", None), "_attn_implementation", None)
+
+
 def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:
     """
     The micro-batches that the updates on the last rollout of a trainer of TRL take in turn.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .._compat import attention_of
 from .patches import ActivePass
 
 _ATTENTION = "sdpa"  # whose kernel takes a sequence without a mask
@@ -102,7 +103,7 @@ class PackedAttention:
 
     def __init__(self, stack: nn.Module, active: ActivePass):
         self.active = active
-        self.implementation = getattr(stack.config, "_attn_implementation", None)
+        self.implementation = attention_of(stack)
         self.calls = 0  # in passes
         self.expected: int | None = None  # calls in a forward
         self.refused = ""
