@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from trl_r3 import R3GRPOTrainer
 from trl_r3.records.checks import MisalignedRecordError
-from trl_r3.trainers.kept_rollouts import KeptRollouts
+from trl_r3.trainers.rollout import KeptRollouts
 
 
 def joined(batches):

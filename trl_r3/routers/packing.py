@@ -65,7 +65,7 @@ class PackedBatch:
             return None
         place = self.rows_N.new_zeros(self.size[0] * self.size[1])
         place[self.rows_N] = torch.arange(len(self.rows_N), device=place.device)
-        return place[rows_M]
+        return place[rows_M.to(place.device)]
 
     def forward(self, forward: Callable, kwargs: dict[str, Any]) -> Any:
         """Run the module over the real tokens; its output is that of a padded batch, zero where padding is."""

@@ -35,7 +35,7 @@ def check_padding(padding: str) -> None:
 
 class Padding:
     """
-    What a handle makes of padding.
+    What a handle that may skip padding makes of it.
 
     Args:
         stack (`torch.nn.Module`):
@@ -46,7 +46,7 @@ class Padding:
 
     def __init__(self, stack: nn.Module, active: ActivePass):
         self.stack, self.active = stack, active
-        self.why: str | None = "asked to keep it"
+        self.why: str | None = "not tried yet"
         self.why_not_last: str | None = None  # what spoke against it in the last forward alone
         self._attention: PackedAttention | None = None
         self._experts: CompactExperts | None = None

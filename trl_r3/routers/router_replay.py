@@ -96,8 +96,8 @@ class RouterReplay:
         self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self.routers)] + [
             Patch(self.stack, torch.compiler.disable(self._forward_stack))
         ]
-        self.padding = Padding(self.stack, self._active)
-        if padding == "auto":
+        self.padding = Padding(self.stack, self._active) if padding == "auto" else None
+        if self.padding is not None:
             self.padding.try_skipping(unwrapped, self)
 
     def __enter__(self) -> RouterReplay:
@@ -132,7 +132,7 @@ class RouterReplay:
         return (
             f"RouterReplay({router}, gating={gating!r}, moe_layers={self.moe_layers}, "
             f"num_decoder_layers={self.num_decoder_layers}, num_experts={self.num_experts}, top_k={self.top_k}, "
-            f"padding={self.padding})"
+            f"padding={self.padding or 'kept'})"
         )
 
     @contextmanager
@@ -206,7 +206,8 @@ class RouterReplay:
         self._active.removed.set()
         while self._patches:
             self._patches.pop().remove()
-        self.padding.remove()
+        if self.padding is not None:
+            self.padding.remove()
 
     def _check_idle(self, wanted: str) -> None:
         if not self._patches:
@@ -275,18 +276,17 @@ class RouterReplay:
         tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
         record_NLK = source.take(batch_size, num_tokens, tokens).flatten(0, 1)
-        packed = self.padding.packed(args, kwargs)
-        if packed is not None:
-            record_NLK = packed.real(record_NLK)
+        packed = None if self.padding is None else self.padding.packed(args, kwargs)
+        record_NLK = record_NLK if packed is None else packed.real(record_NLK)
+        observed_M = source.observed if packed is None else packed.place(source.observed)
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = self._recomputes or torch.is_grad_enabled()
-        observed_M = None if source.observed is None else source.observed.to(main.device)
-        if packed is not None:
-            observed_M = packed.place(observed_M)
+        observed_M = None if observed_M is None else observed_M.to(main.device)
         pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M)
-        output = self._run(pass_, self.padding.around(pass_, packed, forward, main, kwargs), args, kwargs)
+        run = forward if self.padding is None else self.padding.around(pass_, packed, forward, main, kwargs)
+        output = self._run(pass_, run, args, kwargs)
         live_MLK = pass_.observed_live()
         changed_NL = pass_.close()
         if live_MLK is not None:

@@ -27,9 +27,8 @@ from ..masks.restricted_head import restricted_head
 from ..records.record import slice_samples
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from .attaching import Attachment, ReplayingTrainer
-from .kept_rollouts import KeptRollouts
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
-from .rollout import Rollout, Turns, note_rows_that_matter
+from .rollout import KeptRollouts, Rollout, Turns, note_rows_that_matter
 from .tracer import Tracer
 
 Scores = tuple[Tensor, Tensor | None]  # (B, C) log-probabilities and entropies

@@ -79,15 +79,10 @@ def main(
         check_engine(engine, url)  # before minutes of loading
         loaded = launch.load(name, dtype, device, trust_remote_code)
         try:
-            replay = RouterReplay(loaded.model)
-        except UnsupportedRouterError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 1
-        try:
-            with replay:
+            with RouterReplay(loaded.model) as replay:
                 rollout = sample(loaded, name, replay, engine, url, launch.process, trust_remote_code)
                 report = launch.report_of_all(verify(loaded, replay, rollout))
-        except RuntimeError as error:  # what an engine or replay refuses to go on with
+        except (UnsupportedRouterError, RuntimeError) as error:  # what an engine or replay refuses to go on with
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 1
     launch.end()
