@@ -115,10 +115,10 @@ def test_rollouts_of_one_turn_keep_nothing():
     """Nothing is looked for, and nothing kept, where no later turn can go on."""
     trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), args=None, tools=[])
     session = ReplaySession(trainer, routes=True, masks=False)
-    session.begin_rollout()
+    session.begin_turns()
     assert session.turns.known is None
     trainer.tools = [print]
-    session.begin_rollout()
+    session.begin_turns()
     assert isinstance(session.turns.known, KnownRoutes)
 
 
