@@ -1,20 +1,34 @@
 """What a trainer resumes from, and what it calls its best model, are the checkpoint's weights, experts included."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from model_zoo import MOE_MODEL_TYPES, MULTIMODAL_MOE_MODEL_TYPES, build_tiny
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
 from trl_r3.trainers.checkpoints import whole_checkpoint
 
 RUN = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
 # Transformers reads the config of a checkpoint as one of no family, which refuses the layers of this one by name
 UNREADABLE = {"deepseek_v4"}
+PINNED = re.search(r"^transformers==(.*)$", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)[
+    1
+]
+
+
+def readable(folder):
+    """Whether Transformers reads the config there as one of no family, as Trainer does first."""
+    try:
+        PreTrainedConfig.from_json_file(folder / "config.json")
+    except StrictDataclassClassValidationError:
+        return False
+    return True
 
 
 def differing(model, saved):
@@ -28,12 +42,17 @@ def loader(model, folder):
 
 @pytest.mark.parametrize("family", [*MOE_MODEL_TYPES, *MULTIMODAL_MOE_MODEL_TYPES])
 def test_every_family_is_restored(family, tmp_path):
-    saved, model = build_tiny(family), build_tiny(family, seed=1)
+    try:
+        saved, model = build_tiny(family), build_tiny(family, seed=1)
+    except StrictDataclassClassValidationError as error:
+        assert transformers.__version__ != PINNED
+        pytest.skip(f"Transformers {transformers.__version__} has other layers for this type: {error}")
     assert differing(model, saved)
     saved.save_pretrained(tmp_path)
     trainer = loader(model, tmp_path)
-    if family in UNREADABLE:
-        with pytest.raises(StrictDataclassClassValidationError, match="mlp_layer_types"):
+    if not readable(tmp_path):
+        assert transformers.__version__ != PINNED or family in UNREADABLE
+        with pytest.raises(StrictDataclassClassValidationError):
             trainer._load_from_checkpoint(str(tmp_path))
         return
     with whole_checkpoint(trainer, lambda: str(tmp_path)):
