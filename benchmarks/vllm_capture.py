@@ -72,6 +72,7 @@ def run(output: Path | None, settings: CaptureSettings | None = None) -> list[Fi
 
     settings = settings or CaptureSettings()
     os.environ.update(ENVIRONMENT)
+    torch.set_num_threads(1)  # it has read the environment; threads that wait for one another spin, and are counted
     if version("vllm") >= "0.31":
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     with tempfile.TemporaryDirectory() as folder:
