@@ -238,8 +238,8 @@ Collapsed routers are judged with more care:
 
 ## Measured
 
-{date}, one thread of a two-core Intel Xeon ({machine}), {versions}. Small models with random weights or trained for 200
-steps, a rollout in bfloat16 or with weights rounded to eight bits (float8_e4m3fn), live routing in float32; {rows}
+{date}, one thread of a two-core Intel Xeon ({machine}), {versions}. Small models with random weights or trained for
+200 steps, a rollout in bfloat16 or with weights rounded to eight bits (float8_e4m3fn), live routing in float32; {rows}
 rows each. None of these settings served to choose the thresholds. On a two-core AMD EPYC the judgement
 took 6.9 ms of processor time a rollout, 0.40 % of a step of the model of [`python -m benchmarks`](benchmarks.md).
 
