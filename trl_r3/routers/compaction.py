@@ -5,13 +5,14 @@ Legend: B batch, T tokens of a padded sequence, N real tokens of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .discovery import is_experts
 from .patches import ActivePass, Patch
 
 
@@ -55,7 +56,8 @@ class CompactExperts:
     def __init__(self, stack: nn.Module, active: ActivePass):
         self.active = active
         self.calls = 0  # over real rows
-        self._patches = [Patch(module, self._experts) for module in _experts_of(stack)]
+        modules = [module for name, module in stack.named_modules() if is_experts(name)]
+        self._patches = [Patch(module, self._experts) for module in modules]
 
     def remove(self) -> None:
         """Give the experts back."""
@@ -76,7 +78,3 @@ class CompactExperts:
 
         output = forward(*map(real, args), **{name: real(value) for name, value in kwargs.items()})
         return output.new_zeros(count, *output.shape[1:]).index_copy(0, rows_N, output)
-
-
-def _experts_of(stack: nn.Module) -> Iterable[nn.Module]:
-    return [module for name, module in stack.named_modules() if name.rpartition(".")[2] == "experts"]

@@ -70,7 +70,7 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedRouterError(f"{type(model).__name__} is an encoder-decoder. Replay needs a causal LM.")
     names = {module: name for name, module in model.named_modules()}
-    experts = {module: name.rpartition(".")[0] for name, module in model.named_modules() if _is_experts(name)}
+    experts = {module: name.rpartition(".")[0] for name, module in model.named_modules() if is_experts(name)}
     watched = probe(model, names, experts)
     if not watched.events:
         _refuse_without_events(model, names, experts, watched)
@@ -127,7 +127,8 @@ def _gated(
     return gated or router
 
 
-def _is_experts(name: str) -> bool:
+def is_experts(name: str) -> bool:
+    """Whether a module of this path holds the experts of a layer."""
     # PEFT wraps the experts for `target_parameters`; the wrapper keeps the name and runs `base_layer`
     return name.rpartition(".")[2] == "experts"
 
@@ -139,7 +140,7 @@ def refuse_dense(model: nn.Module) -> None:
     Raises:
         [`UnsupportedRouterError`]: Naming the model.
     """
-    if not any(_is_experts(name) for name, _ in model.named_modules()):
+    if not any(is_experts(name) for name, _ in model.named_modules()):
         raise UnsupportedRouterError(
             f"{type(model).__name__} is a dense model: no module in it is named `experts`. There is no routing to "
             "replay; set `use_routing_replay=False`."

@@ -123,16 +123,14 @@ class Padding:
         return why
 
     def _try_experts(self, model: nn.Module, replay: RouterReplay) -> None:
-        compact: CompactExperts | None = None
         why, self.why = self.why, "not tried yet"
 
         def between() -> None:
-            nonlocal compact
-            compact = self._experts = CompactExperts(self.stack, self.active)
+            self._experts = CompactExperts(self.stack, self.active)
 
-        differs = _differs(model, replay, between)
-        if differs is None and compact is not None and compact.calls != len(replay.moe_layers):
-            differs = f"{compact.calls} modules of experts ran, for {len(replay.moe_layers)} MoE layers"
+        differs, experts = _differs(model, replay, between), self._experts
+        if differs is None and experts is not None and experts.calls != len(replay.moe_layers):
+            differs = f"{experts.calls} modules of experts ran, for {len(replay.moe_layers)} MoE layers"
         if differs is not None:
             self.remove()
             why = f"{why}; and without it in its experts, {differs}"
