@@ -60,34 +60,26 @@ class Launch:
     processes: int = 2
 
     def run(self, folder: Path) -> None:
-        """Leave in a folder what each rank reports of each case, or `NAME.failed`: other cases are launched again."""
-        waiting = self.cases
-        while waiting:
-            done = self._start(folder, waiting)
-            *_, last = waiting
-            waiting = [case for case in waiting if not all(path.exists() for path in self._paths(folder, case.name))]
-            if waiting or done.returncode != 0:
-                failed, *waiting = waiting or [last]
-                (folder / f"{failed.name}.failed").write_text(done.stdout[-3000:] + done.stderr[-12000:])
+        """Leave in a folder what each rank reports and prints of each case, and what the launcher prints."""
+        listed = folder / f"{self.cases[0].name}-cases.json"
+        listed.write_text(json.dumps([[case.name, case.module, [*map(str, case.options)]] for case in self.cases]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        with self._log(folder).open("w") as log:
+            subprocess.run(
+                [sys.executable, "-m", *map(str, self.launcher), SCRIPT, listed],
+                cwd=folder, env=environment, stdout=log, stderr=log, timeout=300 * (1 + len(self.cases)),
+            )  # fmt: skip
 
     def reports(self, folder: Path, name: str) -> list[dict]:
         """What each rank reports of a case; a case that failed fails its test."""
-        failed = folder / f"{name}.failed"
-        if failed.exists():
-            pytest.fail(failed.read_text(), pytrace=False)
-        return [json.loads(path.read_text()) for path in self._paths(folder, name)]
+        paths = [folder / f"{name}-rank{rank}.json" for rank in range(self.processes)]
+        if not all(path.exists() for path in paths):
+            logs = [self._log(folder), *sorted(folder.glob(f"{name}-rank*.log"))]
+            pytest.fail("\n".join(f"{log.name}:\n{log.read_text()[-12000:]}" for log in logs), pytrace=False)
+        return [json.loads(path.read_text()) for path in paths]
 
-    def _paths(self, folder: Path, name: str) -> list[Path]:
-        return [folder / f"{name}-rank{rank}.json" for rank in range(self.processes)]
-
-    def _start(self, folder: Path, cases: list[Case]) -> subprocess.CompletedProcess:
-        listed = folder / f"{cases[0].name}-cases.json"
-        listed.write_text(json.dumps([[case.name, case.module, [*map(str, case.options)]] for case in cases]))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-        return subprocess.run(
-            [sys.executable, "-m", *map(str, self.launcher), SCRIPT, listed],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=300 * (1 + len(cases)),
-        )  # fmt: skip
+    def _log(self, folder: Path) -> Path:
+        return folder / f"{self.cases[0].name}-launcher.log"
 
 
 class Results:
