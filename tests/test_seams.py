@@ -337,7 +337,7 @@ SEAMS = [
         lambda: takes(maybe_gather_lm_head_ctx, "params"),
     ),
     Seam(
-        "_compat.py",
+        "engines/_compat_engines.py",
         "GenerationMixin._get_logits_processor makes the list of one generate, and of continuous batching",
         lambda: (
             "self._get_logits_processor(" in inspect.getsource(GENERATE)
@@ -345,7 +345,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "_compat.py",
+        "engines/_compat_engines.py",
         "ContinuousBatchProcessor.model_runner, ModelRunner._sample(scores, output_ids)",
         lambda: (
             sets(PROCESSOR, "model_runner")
@@ -364,7 +364,7 @@ SEAMS = [
         lambda: imports(vllm_generation, "LLM", "vllm") and " LLM(" in inspect.getsource(GENERATION),
     ),
     Seam(
-        "_compat.py",
+        "engines/_compat_engines.py",
         "VLLMGeneration calls llm.sleep(level=2) without a mode, and keeps the engine in llm",
         lambda: "self.llm.sleep(level=2)" in inspect.getsource(GENERATION),
     ),
@@ -426,7 +426,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "_compat.py",
+        "engines/_compat_engines.py",
         "BaseTunerLayer.merged_adapters, LoraLayer._caches",
         lambda: all(
             f"self.{name}" in inspect.getsource(LoraLayer.__init__) for name in ("merged_adapters", "_caches")
@@ -566,7 +566,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "_compat.py",
+        "engines/_compat_engines.py",
         "ContinuousBatchProcessor._generation_step(model)",
         lambda: takes(PROCESSOR._generation_step, "model", "*"),
     ),

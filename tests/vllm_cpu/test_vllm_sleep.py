@@ -14,7 +14,7 @@ import pytest
 from test_vllm_engine import start, tokens
 from vllm_training import make, train_and_check
 
-from trl_r3._compat import pause_in_mode_keep
+from trl_r3.engines._compat_engines import pause_in_mode_keep
 
 pytestmark = pytest.mark.vllm
 

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._compat import batching_sampler, batching_step, swapped
+from .._compat import swapped
 from ..records.metrics import drawn_logprobs
 from ..records.sampling_mask import SamplingMask, kept_rows
 from ..routers.passes import RecordedRoutes
 from ..routers.router_replay import RouterReplay
+from ._compat_engines import batching_sampler, batching_step
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 
 

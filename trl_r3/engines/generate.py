@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import find_causal_lm, is_compiled, last_processor, swapped
+from .._compat import find_causal_lm, is_compiled, swapped
 from ..records.metrics import drawn_logprobs
 from ..records.record import slice_samples
 from ..records.sampling_mask import SamplingMask, kept_rows
 from ..routers.passes import RecordedRoutes
 from ..routers.router_replay import RouterReplay
+from ._compat_engines import last_processor
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._compat import pause_in_mode_keep, swapped
+from .._compat import swapped
 from ..records.record import RoutingLayout, to_record
+from ._compat_engines import pause_in_mode_keep
 from .known_routes import KnownRoutes
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 from .vllm_masks import decode_vllm_mask

@@ -16,9 +16,10 @@ import torch
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
-from .._compat import name_tokens, swapped
+from .._compat import swapped
 from ..records.record import RoutingLayout, to_record
 from ..records.sampling_mask import SamplingMask
+from ._compat_engines import name_tokens
 from .known_routes import KnownRoutes
 from .payloads import decode_vllm_http
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn

@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.func import functional_call
 
-from .._compat import forgotten_merge, swapped
+from .._compat import swapped
+from ._compat_engines import forgotten_merge
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
