@@ -1,4 +1,4 @@
-"""Adapters over a bfloat16 base that is sent to a server 100 times, on one process and by shards of two."""
+"""Adapters over a bfloat16 base that is sent to a server again and again, on one process and by shards of two."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def test_the_base_stays_and_what_is_sent_is_merged(folder, results, config, what
         assert report["wrong"] == 0 < report["rows"]
     written, base = folder / f"{config} synced {what}", {"dtype": torch.bfloat16}
     saved = load_file(written / "trained" / "adapter_model.safetensors")
-    wide = all(
-        value.dtype is torch.float32 for value in saved.values()
-    )  # DeepSpeed's is bfloat16, and loaded as it is
+    wide = {value.dtype for value in saved.values()} == {torch.float32}  # DeepSpeed's is bfloat16, and loaded as it is
     model = AutoModelForCausalLM.from_pretrained(folder / "model", **base)
     unmerged = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     policy = PeftModel.from_pretrained(model, str(written / "trained"), autocast_adapter_dtype=wide)
