@@ -1,5 +1,7 @@
 """The command, but for what has tests of its own."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -40,6 +42,23 @@ def test_check_says_what_it_found(saved, capsys):
     assert (rows["experts (E)"], rows["experts a token (K)"], rows["stored bytes a token"]) == ("12", "3", "6")
     assert rows["own record"].startswith("passes: 0 of ")
     assert rows["foreign record"].startswith("passes: 32 of 32 ")
+
+
+def test_check_prints_json(saved, capsys):
+    """Alone on its stream, and with the facts of the table."""
+    config = Qwen3MoeConfig(
+        **SIZES, moe_intermediate_size=8, num_experts=12, num_experts_per_tok=3, mlp_only_layers=[0]
+    )
+    name = saved(config)
+    assert cli.main(["check", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is True and found["architecture"] == "Qwen3MoeForCausalLM" and name in found["origin"]
+    assert (found["moe_layers"], found["decoder_layers"]) == ([1, 2, 3], 4)
+    assert (found["num_experts"], found["top_k"], found["bytes_per_token"]) == (12, 3, 9)
+    assert [(each["what"], each["passed"]) for each in found["findings"]] == [
+        ("own record", True),
+        ("foreign record", True),
+    ]
 
 
 def test_check_takes_a_dtype(saved, capsys):
@@ -192,7 +211,7 @@ def test_foreign_check_notices_a_record_without_effect(saved):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["demo", "--model", "llama"], ["check"], ["bench"], ["verify", "m", "--engine", "x"]],
+    [["demo", "--model", "llama"], ["check"], ["bench"], ["verify", "m", "--engine", "x"]],
 )
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -5,7 +5,10 @@ Legend: B batch, T tokens, L MoE layers, E experts, K experts per token.
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,15 @@ from torch import Tensor
 from ..records.metrics import changed_layers
 from ..routers.router_replay import RouterReplay
 from ..routers.self_check import UnsupportedRouterError
-from .models import LoadedModel, adapter_base, load_config, load_model, parse_device, parse_dtype, refuse_dense_model
+from .arguments import parse_device, parse_dtype
+from .models import LoadedModel, adapter_base, load_config, load_model, refuse_dense_model
 from .quantization import quantization_note
 from .twin import HIDDEN_SIZE, VOCABULARY, narrow_twin, one_thread
 
 TOKENS = (8, 4)  # batch, length of what is scored; short, for a collapsed router may repeat itself
 
 
-def main(name: str, dtype: str, device: str, trust_remote_code: bool = False) -> int:
+def main(name: str, dtype: str, device: str, as_json: bool, trust_remote_code: bool = False) -> int:
     """
     Check a model and print what was found.
 
@@ -36,6 +40,8 @@ def main(name: str, dtype: str, device: str, trust_remote_code: bool = False) ->
             `"auto"`, or the name of a torch dtype.
         device (`str`):
             Device to load it on.
+        as_json (`bool`):
+            Whether to print JSON instead of a table.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the checkpoint is run.
 
@@ -45,36 +51,72 @@ def main(name: str, dtype: str, device: str, trust_remote_code: bool = False) ->
     Raises:
         [`BadInput`]: If there is no such model, or if it is dense.
     """
-    loaded = load_weights(name, dtype, device, trust_remote_code)
-    if loaded is not None:
-        return _try_replay(loaded)
-    with one_thread():
-        return _try_replay(load_twin(name, dtype, device, trust_remote_code))
+    with redirect_stdout(sys.stderr):  # libraries talk; JSON stays alone
+        loaded = load_weights(name, dtype, device, trust_remote_code)
+        if loaded is not None:
+            checked = _try_replay(loaded)
+        else:
+            with one_thread():
+                checked = _try_replay(load_twin(name, dtype, device, trust_remote_code))
+    if checked is None:
+        return 1
+    if as_json:
+        print(json.dumps(checked.as_dict(), indent=1))
+    else:
+        _show(checked)
+    if checked.failed:
+        print(f"replay of {' and '.join(checked.failed)} does not do what it should, see above.", file=sys.stderr)
+    return 1 if checked.failed else 0
 
 
-def _try_replay(loaded: LoadedModel) -> int:
-    """Attach, replay and print; the exit status."""
+@dataclass
+class Checked:
+    """
+    What a check found.
+
+    Args:
+        architecture, origin (`str`):
+            Of which class the model is, and which weights.
+        facts (`dict[str, Any]`):
+            About its routing, by the names of the table.
+        findings (`dict[str, tuple[bool, str]]`):
+            Of each record that was replayed: whether it passed, and what was seen.
+        quantization (`str`, *optional*):
+            How its weights are stored.
+    """
+
+    architecture: str
+    origin: str
+    facts: dict[str, Any]
+    findings: dict[str, tuple[bool, str]]
+    quantization: str | None
+
+    @property
+    def failed(self) -> list[str]:
+        """The records whose replay does not do what it should."""
+        return [what for what, (passed, _) in self.findings.items() if not passed]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        findings = [{"what": what, "passed": passed, "seen": seen} for what, (passed, seen) in self.findings.items()]
+        own = {name: value for name, value in vars(self).items() if name not in ("facts", "findings")}
+        return {"passed": not self.failed, **own, **self.facts, "findings": findings}
+
+
+def _try_replay(loaded: LoadedModel) -> Checked | None:
+    """Attach and replay; nothing where the model cannot be attached to, which is told."""
     model = loaded.model
     try:
         replay = RouterReplay(model, padding="auto")
     except UnsupportedRouterError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return None
     try:
         findings = {"own record": check_own(model, replay), "foreign record": check_foreign(model, replay)}
+        facts = _facts(replay)
     finally:
         replay.remove()
-    console = Console(soft_wrap=True)
-    console.print(_table(model, replay, findings))
-    console.print(f"Checked on {loaded.origin}.", markup=False)
-    if loaded.quantization is not None:
-        console.print(loaded.quantization, markup=False)
-    failed = [what for what, (passed, _) in findings.items() if not passed]
-    if failed:
-        print(f"replay of {' and '.join(failed)} does not do what it should, see above.", file=sys.stderr)
-        return 1
-    console.print("Routing replay works on this model.")
-    return 0
+    return Checked(type(model).__name__, loaded.origin, facts, findings, loaded.quantization)
 
 
 def load_weights(name: str, dtype: str, device: str, trust_remote_code: bool) -> LoadedModel | None:
@@ -137,23 +179,41 @@ def _tokens(model: Any) -> Tensor:
     return ids.to(embedding.weight.device)
 
 
-def _table(model: Any, replay: RouterReplay, findings: dict[str, tuple[bool, str]]) -> Table:
-    routers = sorted({f"{type(router.module).__name__}" for router in replay.routers})
-    dense = sorted(set(range(replay.num_decoder_layers)) - set(replay.moe_layers))
-    table = Table(title=type(model).__name__, show_header=False)
-    table.add_row("routers", ", ".join(routers))
-    table.add_row("decoder layers", str(replay.num_decoder_layers))
-    table.add_row("MoE layers", f"{len(replay.moe_layers)}: {_ranges(replay.moe_layers)}")
+def _facts(replay: RouterReplay) -> dict[str, Any]:
+    layout = replay.layout
+    return {
+        "routers": sorted({type(router.module).__name__ for router in replay.routers}),
+        "decoder_layers": replay.num_decoder_layers,
+        "moe_layers": list(replay.moe_layers),
+        "num_experts": replay.num_experts,
+        "top_k": replay.top_k,
+        "bytes_per_token": len(replay.moe_layers) * replay.top_k * layout.storage_dtype.itemsize,
+        "padding": str(replay.padding),
+    }
+
+
+def _show(checked: Checked) -> None:
+    """Print the table, and what it means."""
+    facts, moe_layers = checked.facts, checked.facts["moe_layers"]
+    dense = sorted(set(range(facts["decoder_layers"])) - set(moe_layers))
+    table = Table(title=checked.architecture, show_header=False)
+    table.add_row("routers", ", ".join(facts["routers"]))
+    table.add_row("decoder layers", str(facts["decoder_layers"]))
+    table.add_row("MoE layers", f"{len(moe_layers)}: {_ranges(moe_layers)}")
     table.add_row("dense layers", f"{len(dense)}: {_ranges(dense)}" if dense else "0")
-    table.add_row("experts (E)", str(replay.num_experts))
-    table.add_row("experts a token (K)", str(replay.top_k))
-    table.add_row(
-        "stored bytes a token", str(len(replay.moe_layers) * replay.top_k * replay.layout.storage_dtype.itemsize)
-    )
-    table.add_row("padding, if it may be skipped", str(replay.padding))
-    for what, (passed, seen) in findings.items():
+    table.add_row("experts (E)", str(facts["num_experts"]))
+    table.add_row("experts a token (K)", str(facts["top_k"]))
+    table.add_row("stored bytes a token", str(facts["bytes_per_token"]))
+    table.add_row("padding, if it may be skipped", facts["padding"])
+    for what, (passed, seen) in checked.findings.items():
         table.add_row(what, f"{'passes' if passed else 'FAILS'}: {seen}")
-    return table
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"Checked on {checked.origin}.", markup=False)
+    if checked.quantization is not None:
+        console.print(checked.quantization, markup=False)
+    if not checked.failed:
+        console.print("Routing replay works on this model.")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
+from .arguments import check_arguments
 from .bad_input import BadInput, check_writable
 
 
@@ -18,7 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Rollout Routing Replay (R3) for TRL.",
         epilog="Exit status: 0 right; 1 it ran and something does not hold; 2 bad input.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"trl-r3 {__version__}")
+    commands = parser.add_subparsers(dest="command")
 
     demo = commands.add_parser("demo", help="train a small mixture of experts on this CPU, without replay and with it")
     demo.add_argument("--model", choices=("qwen3", "mixtral"), default="qwen3", help="architecture (default: qwen3)")
@@ -35,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
     check.add_argument("--device", default="cpu", help="device to load it on (default: cpu)")
     _add_trust(check)
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     verify = commands.add_parser("verify", help="let an engine sample, and hold its routes against training")
     verify.add_argument("model", help="id on the Hugging Face Hub, a local folder, or that of a LoRA adapter")
@@ -121,8 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: Exit status: 0 if all is right, 1 if it ran and something does not hold, 2 for bad input, which is told
         in one sentence.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
     try:
+        check_arguments(args)
         return _run(args)
     except BadInput as error:
         print(error, file=sys.stderr)
@@ -145,7 +154,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from . import check
 
-    return check.main(args.model, args.dtype, args.device, args.trust_remote_code)
+    return check.main(args.model, args.dtype, args.device, args.json, args.trust_remote_code)
 
 
 def _verify(args: argparse.Namespace) -> int:

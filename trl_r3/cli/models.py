@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .._compat import is_causal_lm
 from ..routers.discovery import refuse_dense
 from ..routers.self_check import UnsupportedRouterError
+from .arguments import parse_device, parse_dtype
 from .bad_input import BadInput, first_line
 from .configs import needs_code, read_config, refuse_missing_folder
 from .quantization import is_unreadable, quantization_note
@@ -97,22 +96,6 @@ def load_model(
     refuse_dense_model(model)
     origin = "the weights of" if base is None else f"{base} with the adapter"
     return LoadedModel(model, f"{origin} {name}", quantization=note)
-
-
-def parse_dtype(name: str) -> Any:
-    """`"auto"`, or a torch dtype by its name."""
-    found = name if name == "auto" else getattr(torch, name, None)
-    if not isinstance(found, (str, torch.dtype)):
-        raise BadInput(f"`--dtype` is {name!r}, which is no torch dtype. Pass `auto`, `float32` or `bfloat16`.")
-    return found
-
-
-def parse_device(name: str) -> torch.device:
-    """A device by its name, if it is here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"`--device` is {name!r}, which is not here: {first_line(error)}.") from error
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:

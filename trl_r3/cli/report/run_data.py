@@ -94,8 +94,6 @@ def gather(folder: Path) -> RunData:
     Raises:
         `ValueError`: If there is neither, or none that can be read; one sentence with the fact and the remedy.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder. Pass the `output_dir` of a run, or its `routing_replay_trace_dir`.")
     data = RunData(folder)
     paths = [path for each in (folder, *sorted(filter(Path.is_dir, folder.iterdir()))) for path in find_traces(each)]
     if paths:

@@ -17,6 +17,7 @@ from ...alarm.evidence import RoutingEvidence
 from ...routers.probe import input_device
 from ...routers.router_replay import RouterReplay
 from ...routers.self_check import UnsupportedRouterError
+from ..arguments import check_engine_url
 from ..bad_input import BadInput
 from ..models import LoadedModel
 from . import findings
@@ -67,8 +68,7 @@ def main(
     Raises:
         [`BadInput`]: If there is nothing to verify.
     """
-    if (engine == "server") != (url is not None):
-        raise BadInput("`--engine server` and `--url URL` belong together. Pass both, or neither.")
+    check_engine_url(engine, url)
     with redirect_stdout(sys.stderr):  # engines talk; JSON stays alone
         launch = Launch.of_this_process()
         if launch.accelerator is not None and engine in _OF_ONE_PROCESS:
