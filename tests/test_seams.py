@@ -35,6 +35,8 @@ from transformers.distributed import DistributedConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, requests
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.experimental.async_grpo import AsyncGRPOConfig, async_grpo_trainer, async_rollout_worker, packing
+from trl.experimental.async_grpo import vllm_client as async_vllm_client
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.generation import vllm_client, vllm_generation
 from trl.import_utils import is_vllm_available
@@ -49,6 +51,8 @@ PACKAGE = Path(trl_r3.__file__).parent
 TRAINERS = (trl.GRPOTrainer, GMPOTrainer, trl.RLOOTrainer)
 CONFIGS = (trl.GRPOConfig, GMPOConfig, trl.RLOOConfig)
 CLIENT, GENERATION = vllm_client.VLLMClient, vllm_generation.VLLMGeneration
+ASYNC_TRAINER = async_grpo_trainer.AsyncGRPOTrainer
+WORKER, LOOP = async_rollout_worker.AsyncRolloutWorker, async_rollout_worker._AsyncRolloutLoop
 PROCESSOR = continuous_api.ContinuousBatchProcessor
 
 
@@ -170,6 +174,18 @@ def zero_says(module: str, text: str) -> bool:
         return True
     (package,) = found.submodule_search_locations
     return text in (Path(package) / "runtime" / "zero" / f"{module}.py").read_text()
+
+
+def attention_is_looked_up() -> bool:
+    """Whether a forward takes the attention that its config names then."""
+    model, seen, own = build_tiny("qwen3_moe"), [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["seen"] = lambda *args, **kwargs: seen.append(1) or own(*args, **kwargs)
+    try:
+        model.config._attn_implementation = "seen"
+        model(input_ids=torch.arange(2, 8)[None])
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["seen"]
+    return bool(seen)
 
 
 @dataclass(frozen=True)
@@ -552,6 +568,144 @@ SEAMS = [
         "trainers/log.py",
         "Accelerator.reduce(tensor, reduction)",
         lambda: takes(accelerate.Accelerator.reduce, "tensor", "*", "reduction"),
+    ),
+    Seam(
+        "trainers/async_worker.py",
+        "async_rollout_worker._SampleBuilder, taken by name: tokens, append_turn(turn, kind), to_training_sequence",
+        lambda: (
+            "_SampleBuilder(fork_threshold)" in inspect.getsource(async_rollout_worker._chain_to_sequences)
+            and takes(async_rollout_worker._SampleBuilder.append_turn, "turn", "kind", "*")
+            and takes(async_rollout_worker._SampleBuilder.to_training_sequence, "rollout_id", "*")
+            and "self.tokens: list[int] = []" in inspect.getsource(async_rollout_worker._SampleBuilder)
+        ),
+    ),
+    Seam(
+        "trainers/async_worker.py",
+        "async_rollout_worker.RolloutSample, .TrainingSequence and .TurnRecord are data",
+        lambda: (
+            fields(async_rollout_worker.RolloutSample, "input_ids", "model_version")
+            and fields(async_rollout_worker.TrainingSequence, "input_ids")
+            and fields(async_rollout_worker.TurnRecord, "prompt_ids", "output_ids")
+        ),
+    ),
+    *(
+        Seam("trainers/async_worker.py", f"_AsyncRolloutLoop.{what}", is_there)
+        for what, is_there in (
+            (
+                "_post(path, payload), asked for /v1/completions with a prompt",
+                lambda: (
+                    takes(LOOP._post, "path", "payload", "*")
+                    and says(LOOP._generate_one_turn, "/v1/completions", "prompt", "token_ids", "choices")
+                ),
+            ),
+            (
+                "_generate_one is a task of its own for each conversation",
+                lambda: calls(LOOP._generate_loop, "create_task", "_generate_one"),
+            ),
+            (
+                "_score_group(group) gives a sample for each of completions_sequences, in order",
+                lambda: (
+                    takes(LOOP._score_group, "group", "*")
+                    and all(
+                        text in inspect.getsource(LOOP._score_group)
+                        for text in ("group.completions_sequences,", "for seq in sequences:", "samples.append(")
+                    )
+                ),
+            ),
+            (
+                "run(), model_version and rollout_buffer",
+                lambda: takes(LOOP.run) and sets(LOOP, "rollout_buffer", "model_version"),
+            ),
+        )
+    ),
+    Seam(
+        "trainers/async_session.py",
+        "AsyncRolloutWorker._loop_cls is what the rollout process is made of",
+        lambda: "self._loop_cls," in inspect.getsource(WORKER.start),
+    ),
+    Seam(
+        "trainers/async_construction.py",
+        "AsyncRolloutWorker._loop_kwargs, with harness_session_factory and harness_adapter of a harness",
+        lambda: (
+            sets(WORKER, "_loop_kwargs")
+            and all(
+                name in (Path(async_rollout_worker.__file__).parent / "openenv_harness.py").read_text()
+                for name in ("harness_session_factory", "harness_adapter", "_loop_cls = _HarnessRolloutLoop")
+            )
+        ),
+    ),
+    Seam(
+        "_compat.py",
+        "AsyncRolloutWorker._process is the rollout process, which stop() looks for",
+        lambda: "if self._process is None:" in inspect.getsource(WORKER.stop),
+    ),
+    Seam(
+        "trainers/async_session.py",
+        "async_grpo_trainer takes RolloutQueueDataset and DataCollatorForRollout by name in get_train_dataloader",
+        lambda: (
+            {"RolloutQueueDataset", "DataCollatorForRollout"}
+            <= set(ASYNC_TRAINER.get_train_dataloader.__code__.co_names)
+        ),
+    ),
+    Seam(
+        "trainers/async_queue.py",
+        "RolloutQueueDataset reads queue.get and yields input_ids, completion_mask",
+        lambda: (
+            "self.queue.get(" in inspect.getsource(async_grpo_trainer.RolloutQueueDataset)
+            and says(async_grpo_trainer.RolloutQueueDataset.__iter__, "input_ids", "completion_mask")
+        ),
+    ),
+    Seam(
+        "trainers/async_queue.py",
+        "TreeRow.pack() gives tokens[node] as input_ids; TreeRow sets tokens, samples, sample_nodes",
+        lambda: (
+            all(f"self.{name}: list" in inspect.getsource(packing.TreeRow) for name in ("tokens", "sample_nodes"))
+            and "input_ids.append(self.tokens[node])" in inspect.getsource(packing.TreeRow.pack)
+        ),
+    ),
+    Seam(
+        "trainers/async_queue.py",
+        "DataCollatorForRollout.torch_call(examples) packs one micro-batch of rows",
+        lambda: (
+            takes(async_grpo_trainer.DataCollatorForRollout.torch_call, "examples", "*")
+            and "(rows,) = examples" in inspect.getsource(async_grpo_trainer.DataCollatorForRollout)
+        ),
+    ),
+    *(
+        Seam("trainers/async_grpo.py", f"AsyncGRPOTrainer.{name}", lambda n=name: hasattr(ASYNC_TRAINER, n))
+        for name in (
+            *("_sync_weight", "compute_loss", "training_step", "log", "train", "get_train_dataloader"),
+            *("_prepare_for_training", "_load_from_checkpoint", "_paper", "_name", "_tag_names"),
+        )
+    ),
+    Seam(
+        "trainers/async_session.py",
+        "AsyncGRPOTrainer sets rollout_worker and model_version",
+        lambda: sets(ASYNC_TRAINER, "rollout_worker", "vllm_client", "model_version"),
+    ),
+    Seam(
+        "trainers/async_grpo.py",
+        "AsyncGRPOTrainer sets vllm_client; PreTrainedConfig._name_or_path is what the server serves",
+        lambda: sets(ASYNC_TRAINER, "vllm_client") and build_tiny("qwen3_moe").config._name_or_path == "",
+    ),
+    Seam(
+        "trainers/async_construction.py",
+        "VLLMClient of async_grpo: server_url, wait_for_server_ready(), get_server_info()",
+        lambda: (
+            sets(async_vllm_client.VLLMClient, "server_url")
+            and takes(async_vllm_client.VLLMClient.get_server_info)
+            and callable(async_vllm_client.VLLMClient.wait_for_server_ready)
+        ),
+    ),
+    Seam(
+        "trainers/async_construction.py",
+        "AsyncGRPOConfig has top_p, top_k, min_p, repetition_penalty, temperature",
+        lambda: fields(AsyncGRPOConfig, "top_p", "top_k", "min_p", "repetition_penalty", "temperature"),
+    ),
+    Seam(
+        "_compat.py",
+        "PreTrainedConfig._attn_implementation is read in each forward",
+        lambda: attention_is_looked_up(),
     ),
     Seam(
         "engines/generate.py",

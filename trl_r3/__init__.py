@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .routers.self_check import UnsupportedRouterError
     from .traces.report_callback import RoutingReportCallback
     from .traces.trace_file import load_trace
+    from .trainers.async_grpo import R3AsyncGRPOConfig, R3AsyncGRPOTrainer
     from .trainers.gmpo import R3GMPOConfig, R3GMPOTrainer
     from .trainers.grpo import R3GRPOConfig, R3GRPOTrainer
     from .trainers.rloo import R3RLOOConfig, R3RLOOTrainer
@@ -37,6 +38,7 @@ _ROOMS = {
     "traces.trace_file": ("load_trace",),
     "routers.router_replay": ("RouterReplay",),
     "routers.self_check": ("UnsupportedRouterError",),
+    "trainers.async_grpo": ("R3AsyncGRPOConfig", "R3AsyncGRPOTrainer"),
     "trainers.gmpo": ("R3GMPOConfig", "R3GMPOTrainer"),
     "trainers.grpo": ("R3GRPOConfig", "R3GRPOTrainer"),
     "records.metrics": ("changed_router_frac", "changed_token_frac", "extreme_token_frac", "k3_kl"),
@@ -48,6 +50,8 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "GatingOutput",
     "MisalignedRecordError",
+    "R3AsyncGRPOConfig",
+    "R3AsyncGRPOTrainer",
     "R3GMPOConfig",
     "R3GMPOTrainer",
     "R3GRPOConfig",

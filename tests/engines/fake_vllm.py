@@ -110,7 +110,13 @@ class FakeVLLM:
 @contextmanager
 def fake_vllm(**behaviour: Any) -> Iterator[FakeVLLM]:
     """Run the server for the length of the block."""
-    fake = FakeVLLM(**behaviour)
+    with serving(FakeVLLM(**behaviour)) as fake:
+        yield fake
+
+
+@contextmanager
+def serving(fake: FakeVLLM) -> Iterator[FakeVLLM]:
+    """Let it answer for the length of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -132,7 +138,7 @@ def fake_vllm(**behaviour: Any) -> Iterator[FakeVLLM]:
             answers = {
                 "/health": {},
                 "/version": {"version": fake.version},
-                "/v1/models": {"data": [{"id": "org/model"}]},
+                "/v1/models": {"data": [{"id": "org/model", "max_model_len": 128}]},
                 "/server_info": {"vllm_config": fake.info},
             }
             wrong_method = path == MASKS_PATH and fake.scale_out

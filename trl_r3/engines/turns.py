@@ -153,7 +153,7 @@ class _Stitched:
     def add(self, turn: Turn, entry: int) -> None:
         """Take the rows that are new, as far as the tokens agree."""
         fed = [*turn.prompt_ids[entry], *turn.completion_ids[entry]]
-        agreed = _common_prefix(fed, self.ids)
+        agreed = common_prefix(fed, self.ids)
         end = min(agreed, len(fed) - 1, self.num_rows)  # a T-th row was never routed
         self.fed = max(len(fed), self.fed or 0)
         if end > self.filled:
@@ -214,7 +214,8 @@ def _samples_of(turn: Turn, samples: Sequence[_Stitched]) -> list[int]:
     return match_samples(prompts[:entries], [sample.bytes for sample in samples], price, in_order)
 
 
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
     shorter = min(len(one), len(other))
     if list(one[:shorter]) == list(other[:shorter]):
         return shorter

@@ -62,7 +62,7 @@ class RecordingVLLMClient(VLLMClient):
         command = vllm_serve_command(self.version, self.model, self._takes_routes, self._takes_masks)
         if self._takes_routes:
             check_vllm_version(self.version)
-            if not _returns_routes(info):
+            if not returns_routes(info):
                 raise ValueError(f"{server} does not return routed experts. Start it with: {command}")
         if self._takes_masks:
             check_vllm_masks(self.version)
@@ -147,7 +147,7 @@ def _joined(parts: list[list | None]) -> list | None:
     return None if any(part is None for part in parts) else [item for part in parts for item in part or ()]
 
 
-def _returns_routes(config: dict[str, Any]) -> bool:
+def returns_routes(config: dict[str, Any]) -> bool:
     """Whether a server's config has the flag: in `model_config` up to vLLM 0.30, in `aux_output_config` later."""
     sections = (config.get("model_config"), config.get("aux_output_config"))
     return any(bool((section or {}).get("enable_return_routed_experts")) for section in sections)

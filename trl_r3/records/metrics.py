@@ -26,6 +26,14 @@ SHARES = (
     "sampling/live/k3_kl",
     "sampling/live/extreme_token_frac",
 )
+# Those of asynchronous training alone.
+ASYNC_SHARES = (
+    "routing_replay/fresh/changed_router_frac",
+    "routing_replay/fresh/changed_token_frac",
+    "routing_replay/staleness",
+    "routing_replay/spanning_frac",
+    "routing_replay/shared_conflict_frac",
+)
 
 
 def shared_experts(one: Tensor, other: Tensor) -> Tensor:
@@ -190,11 +198,12 @@ class ReplayStats:
     changed_routers: Tensor | int = 0  # (token, layer) pairs whose live set differs from the recorded one
     changed_by_layer: Tensor | int = 0  # (L,) such pairs of each layer
     changed_tokens: Tensor | int = 0  # tokens with at least one such layer
+    changed: Tensor | None = None  # (N, L) of the last forward: whether they differ
 
     def add(self, changed_NL: Tensor, recorded_N: Tensor, attended_N: Tensor | None) -> None:
         """Count one forward."""
         compared_N = recorded_N if attended_N is None else recorded_N & attended_N.to(recorded_N.device)
-        changed_NL = changed_NL & compared_N[:, None]
+        self.changed = changed_NL = changed_NL & compared_N[:, None]
         self.forwards += 1
         self.recorded_tokens = self.recorded_tokens + recorded_N.sum()
         self.compared_tokens = self.compared_tokens + compared_N.sum()

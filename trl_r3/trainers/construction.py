@@ -105,7 +105,8 @@ def check_setup(config: Any, model: Any, routes: bool, masks: bool) -> None:
         return
     if not isinstance(config, RoutingReplayConfigMixin):
         raise ValueError(
-            f"`use_routing_replay` is set on a {type(config).__name__}, which does not check it. Use `R3GRPOConfig`."
+            f"`use_routing_replay` is set on a {type(config).__name__}, which does not check it. Use `R3GRPOConfig`, "
+            "or the config of this package that goes with the trainer."
         )
     if isinstance(model, str):
         model = _without_weights(model, config)

@@ -34,16 +34,19 @@ class ReplayLog:
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             That of the trainer.
+        more (sequence of `str`, *optional*):
+            Metrics beside `SHARES`.
     """
 
-    def __init__(self, accelerator: Any):
+    def __init__(self, accelerator: Any, more: Sequence[str] = ()):
         self._accelerator = accelerator
+        self._names = (*SHARES, *more)
         self._shared: dict[str, Tensor] = {}  # by metric: (part, whole) of all processes since the last log
         # of this process since processes met
         self._own: dict[str, Tensor] = {} if accelerator.num_processes > 1 else self._shared
 
     def add(self, name: str, part: Tensor | float, whole: Tensor | float) -> None:
-        """Add to the part and the whole of a metric, one of `SHARES`."""
+        """Add to the part and the whole of a metric, one of those that it was made with."""
         # stays on the device: a number that is read makes the host wait for it
         device = self._accelerator.device
         sums = torch.stack([torch.as_tensor(value, device=device).float() for value in (part, whole)])
@@ -82,9 +85,9 @@ class ReplayLog:
         if self._own is self._shared:
             return
         nothing = torch.zeros(2, device=self._accelerator.device)
-        own = torch.stack([self._own.get(name, nothing) for name in SHARES])
+        own = torch.stack([self._own.get(name, nothing) for name in self._names])
         sums = self._accelerator.reduce(own, reduction="sum")  # of the same size on every process
-        for name, each in zip(SHARES, sums, strict=True):
+        for name, each in zip(self._names, sums, strict=True):
             if name in self._own:
                 self._shared[name] = self._shared[name] + each if name in self._shared else each
         self._own.clear()
@@ -93,7 +96,7 @@ class ReplayLog:
         """What has come together, which is forgotten; without a wait for other processes."""
         if not self._shared:
             return {}
-        names = [name for name in SHARES if name in self._shared]
+        names = [name for name in self._names if name in self._shared]
         shares = torch.stack([self._shared[name] for name in names]).tolist()  # one wait for the device
         self._shared.clear()
         return {name: part / whole if whole else None for name, (part, whole) in zip(names, shares, strict=True)}

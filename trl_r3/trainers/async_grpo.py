@@ -1,0 +1,156 @@
+"""Asynchronous GRPO with Rollout Routing Replay: a delta. What is not overridden here is left to TRL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+
+from ..routers.router_replay import RouterReplay
+from .async_construction import IN_FLIGHT, check_async_config, check_server, check_worker, warn_of_ratio
+from .async_queue import ROW_NUMBER
+from .async_session import AsyncReplaySession
+from .checkpoints import whole_checkpoint
+from .config import RoutingReplayConfigMixin
+from .construction import check_setup, check_shards, config_from, warn_if_off
+from .log import make_together
+from .mixin import RoutingReplayMixin
+
+
+@dataclass
+class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
+    r"""
+    Configuration class for the [`R3AsyncGRPOTrainer`]: [`~trl.experimental.async_grpo.AsyncGRPOConfig`] and the fields
+    of [`RoutingReplayConfigMixin`]. There is no `"R2"`, no comparison with live routing, no trace, no folder for
+    records and no sampling mask.
+
+    Parameters:
+        routing_replay_in_flight (`str`, *optional*, defaults to `"replay"`):
+            What becomes of requests that were answered across an update of the server's weights. Their routes are
+            those of the new weights, their log-probabilities those of the old: `"replay"` replays them all the same,
+            `"live"` lets their rows route live, which counts as missing but is no error.
+    """
+
+    routing_replay_in_flight: str = field(
+        default="replay",
+        metadata={
+            "help": "What becomes of requests that were answered across an update of the server's weights: 'replay' "
+            "replays their routes, 'live' lets their rows route live.",
+            "choices": list(IN_FLIGHT),
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_async_config(self)
+
+
+class R3AsyncGRPOTrainer(AsyncGRPOTrainer):
+    """
+    [`~trl.experimental.async_grpo.AsyncGRPOTrainer`] with Rollout Routing Replay. Arguments are those of the parent.
+
+    With `use_routing_replay=True`, the forward of each packed row goes through the experts that the server used, in
+    recomputes and backward as well, also where a sample is of an older policy. A token that several samples share is
+    forwarded once, with the record of the first of them.
+
+    Args:
+        args ([`R3AsyncGRPOConfig`], *optional*):
+            Configuration. If `None`, a default one without replay.
+        kwargs:
+            All other arguments are those of [`~trl.experimental.async_grpo.AsyncGRPOTrainer`].
+    """
+
+    _tag_names = ["trl", "async-grpo", "r3"]
+    _name = "AsyncGRPO with Rollout Routing Replay (R3)"
+    _paper = RoutingReplayMixin._paper
+
+    _r3: AsyncReplaySession | None = None  # where nothing is replayed the trainer is TRL's
+
+    def __init__(self, *args, **kwargs):
+        config: Any = config_from(args, kwargs)
+        replays = bool(getattr(config, "use_routing_replay", False))
+        check_setup(config, kwargs.get("model", args[0] if args else None), replays, masks=False)
+        if replays:
+            check_async_config(config)
+        super().__init__(*args, **kwargs)
+        if not replays:
+            warn_if_off(type(self), config)
+            return
+        check_shards(self.accelerator)
+        make_together(self.accelerator, self._check_rollouts)
+        session = AsyncReplaySession(self)
+        session.attachment.try_on()
+        self._r3 = session
+
+    def _check_rollouts(self) -> None:
+        """On the main process, which has the worker and asks the server."""
+        if self.accelerator.is_main_process:
+            model: Any = self.model
+            check_worker(self.rollout_worker)
+            warn_of_ratio(self.args, check_server(self.vllm_client, model.config._name_or_path))
+
+    @property
+    def routing_replay(self) -> RouterReplay:
+        """
+        The handle on the policy, while it trains. Before and after `train()` it is one that was removed: it says which
+        routers there are (`layout`) and replays nothing.
+        """
+        if self._r3 is None:
+            raise RuntimeError("this trainer does not replay routes. Set `use_routing_replay=True`.")
+        return self._r3.attachment.handle
+
+    def train(self, *args, **kwargs):
+        """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._r3 is not None:
+                self._r3.end()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        """Of Transformers, which restores no experts of a full fine-tune."""
+        with whole_checkpoint(self, lambda: resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """Of Transformers, when weights are sharded: here the routers are as they will train."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._r3 is not None:
+            self._r3.attach()
+        return prepared
+
+    def get_train_dataloader(self):
+        """`get_train_dataloader` of TRL, whose samples and rows come with their records."""
+        if self._r3 is None:
+            return super().get_train_dataloader()
+        with self._r3.packing():
+            return super().get_train_dataloader()
+
+    def _sync_weight(self):
+        super()._sync_weight()
+        if self._r3 is not None:
+            self._r3.synced_at = self.state.global_step
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """`compute_loss` of TRL, through the record of its packed row."""
+        if self._r3 is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self._r3.replays(int(inputs[ROW_NUMBER][0])):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        """`training_step` of TRL: each of its forwards that builds a graph replays, and one of them at least."""
+        if self._r3 is None:
+            return super().training_step(*args, **kwargs)
+        with self._r3.attachment.training_step(self._r3.log):
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # of all processes
+            self._r3.log.meet()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`log` of TRL, with the shares that have come together."""
+        if self._r3 is not None:
+            logs.update(self._r3.log.collect())  # type: ignore[arg-type]
+        super().log(logs, start_time)
