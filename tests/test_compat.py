@@ -10,13 +10,11 @@ from model_zoo import build_tiny
 from torch import nn
 
 from trl_r3._compat import (
-    attending_plainly,
     checkpoint_functions,
     drops_out,
     edits,
     in_backward,
     set_checkpointing,
-    stopping_if_alive,
     swapped,
 )
 
@@ -92,31 +90,3 @@ def test_changes_in_place_are_counted():
 def test_dropouts_of_any_dimension():
     assert all(drops_out(each()) for each in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout))
     assert not drops_out(nn.Identity())
-
-
-def test_attention_is_plain_inside_and_what_it_was_behind():
-    """Parts of a model have configs of their own, which may name another attention."""
-    text, whole = build_tiny("qwen3_moe"), build_tiny("mixtral")
-    text.config._attn_implementation, whole.config._attn_implementation = "flex_attention", "sdpa"
-    model = nn.ModuleList([whole, text])
-    with pytest.raises(KeyError), attending_plainly(model):
-        assert (text.config._attn_implementation, whole.config._attn_implementation) == ("eager", "eager")
-        assert text(torch.arange(2, 8)[None]).logits.isfinite().all()
-        raise KeyError
-    assert (text.config._attn_implementation, whole.config._attn_implementation) == ("flex_attention", "sdpa")
-
-
-@pytest.mark.parametrize("process", [None, True, False])
-def test_a_dead_process_is_not_waited_for(process):
-    class Worker:
-        _process = None if process is None else SimpleNamespace(is_alive=lambda: process)
-
-        def stop(self):
-            self.waited = self._process is not None
-
-    worker = Worker()
-    with stopping_if_alive(worker):
-        worker.stop()
-    assert worker.waited is (process is True) and "stop" not in vars(worker)
-    worker.stop()
-    assert worker.waited is (process is True)

@@ -635,7 +635,7 @@ SEAMS = [
         ),
     ),
     Seam(
-        "_compat.py",
+        "trainers/_compat_trainers.py",
         "AsyncRolloutWorker._process is the rollout process, which stop() looks for",
         lambda: "if self._process is None:" in inspect.getsource(WORKER.stop),
     ),
@@ -703,7 +703,7 @@ SEAMS = [
         lambda: fields(AsyncGRPOConfig, "top_p", "top_k", "min_p", "repetition_penalty", "temperature"),
     ),
     Seam(
-        "_compat.py",
+        "trainers/_compat_trainers.py",
         "PreTrainedConfig._attn_implementation is read in each forward",
         lambda: attention_is_looked_up(),
     ),

@@ -266,37 +266,3 @@ def has_model(config: Any) -> bool:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return any(type(config) in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForImageTextToText))
-
-
-@contextmanager
-def attending_plainly(model: nn.Module) -> Iterator[None]:
-    """
-    Let a model attend without what the packed rows of TRL's AsyncGRPO tell its attention. Goes when that attention
-    takes a batch without them.
-    """
-    configs: dict[int, Any] = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
-    own = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in own:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in own:  # the outermost first: what is set there is set on its parts
-            config._attn_implementation = implementation
-
-
-@contextmanager
-def stopping_if_alive(worker: Any) -> Iterator[None]:
-    """
-    Let `worker.stop()` of TRL's AsyncGRPO end when the rollout process has died. TRL 1.16 then waits for ever to wake
-    a thread that died with it. Goes when `stop` looks whether the process lives.
-    """
-    own = worker.stop
-
-    def stop() -> None:
-        if worker._process is not None and not worker._process.is_alive():
-            worker._process = None
-        own()
-
-    with swapped(worker, "stop", stop):
-        yield

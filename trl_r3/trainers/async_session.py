@@ -15,9 +15,10 @@ from torch import Tensor
 from trl.experimental.async_grpo import async_grpo_trainer
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
-from .._compat import attending_plainly, stopping_if_alive, swapped
+from .._compat import swapped
 from ..records.metrics import ASYNC_SHARES, ReplayStats
 from ..records.packed_row import PackedRow
+from ._compat_trainers import attending_plainly, stopping_if_alive
 from .async_queue import RoutedCollator, RoutedQueueDataset, WaitingRows
 from .async_worker import recording_loop
 from .attaching import Attachment

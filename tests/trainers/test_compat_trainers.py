@@ -1,0 +1,40 @@
+"""Quirks of what trainers train with: what is changed is given back, also after an error."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from model_zoo import build_tiny
+from torch import nn
+
+from trl_r3.trainers._compat_trainers import attending_plainly, stopping_if_alive
+
+
+def test_attention_is_plain_inside_and_what_it_was_behind():
+    """Parts of a model have configs of their own, which may name another attention."""
+    text, whole = build_tiny("qwen3_moe"), build_tiny("mixtral")
+    text.config._attn_implementation, whole.config._attn_implementation = "flex_attention", "sdpa"
+    model = nn.ModuleList([whole, text])
+    with pytest.raises(KeyError), attending_plainly(model):
+        assert (text.config._attn_implementation, whole.config._attn_implementation) == ("eager", "eager")
+        assert text(torch.arange(2, 8)[None]).logits.isfinite().all()
+        raise KeyError
+    assert (text.config._attn_implementation, whole.config._attn_implementation) == ("flex_attention", "sdpa")
+
+
+@pytest.mark.parametrize("process", [None, True, False])
+def test_a_dead_process_is_not_waited_for(process):
+    class Worker:
+        _process = None if process is None else SimpleNamespace(is_alive=lambda: process)
+
+        def stop(self):
+            self.waited = self._process is not None
+
+    worker = Worker()
+    with stopping_if_alive(worker):
+        worker.stop()
+    assert worker.waited is (process is True) and "stop" not in vars(worker)
+    worker.stop()
+    assert worker.waited is (process is True)
