@@ -116,11 +116,19 @@ def biased(config: str) -> list[Case]:
     return [Case(f"{config} biased", "sharded.train_biased", [])] if config.startswith("fsdp2") else []
 
 
+def asynchronous(config: str) -> list[Case]:
+    """TRL's AsyncGRPO, which knows DDP and FSDP2."""
+    options: dict[str, list] = {"async": [], "async error": ["--fails"]}
+    known = config in ("ddp", "fsdp2") and importlib.util.find_spec("aiohttp") is not None
+    return [Case(f"{config} {name}", "trainers.two_async", each) for name, each in options.items() if known]
+
+
 def launches(url: str) -> dict[str, Launch]:
     """Each config is launched once, as users launch it."""
     found = {"single_gpu": Launch(of_config("single_gpu", 1), trainings("single_gpu", url), 1)}
     for config in ("ddp", "fsdp2", "fsdp2_activation_checkpointing", "zero2", "zero3"):
-        found[config] = Launch(of_config(config), trainings(config, url) + VERIFIED.get(config, []) + biased(config))
+        more = VERIFIED.get(config, []) + biased(config) + asynchronous(config)
+        found[config] = Launch(of_config(config), trainings(config, url) + more)
     settings = ["--use_deepspeed", "--deepspeed_config_file", "zero3.json", "--zero3_init_flag", "true"]
     found["zero3.json"] = Launch(accelerate_launch(settings), [verified("zero3", "model", "--json")])
     return {**found, "attached": Launch(TORCHRUN, attached())}
