@@ -34,7 +34,7 @@ def test_rows_are_taken_out_and_come_back_as_zeros():
     compact = CompactExperts(layer, active)
     hidden, ids = torch.arange(1.0, 13.0).view(6, 2).requires_grad_(), torch.zeros(6, 1).int()
     pass_ = LivePass()
-    pass_.real = RealRows.of(MASK, torch.zeros(2, 3))
+    pass_.real = RealRows.of(MASK.bool())
     with active.use(pass_):
         output = layer.experts(hidden, ids, weights=torch.ones(6, 1))
     assert layer.experts.seen == [(4, 4, 4)] and compact.calls == 1
@@ -49,7 +49,27 @@ def test_rows_are_taken_out_and_come_back_as_zeros():
     assert "forward" not in vars(layer.experts)
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 1, 3, 3), MASK[:, :2]])
-def test_masks_that_say_nothing(mask):
-    assert RealRows.of(mask, torch.zeros(2, 3)) is None
+def test_experts_of_whole_sequences():
+    """Those of DBRX take hidden states as (batch, tokens), and ids by row."""
+    layer, active, pass_ = Layer(), _idle(), LivePass()
+    CompactExperts(layer, active)
+    hidden = torch.arange(12.0).view(2, 3, 2)
+    pass_.real = RealRows.of(MASK.bool())
+    with active.use(pass_):
+        output = layer.experts(hidden, torch.zeros(6, 1).int())
+    assert layer.experts.seen == [(1, 4, None)]
+    assert torch.equal(output, 2 * hidden * MASK[..., None])
+
+
+@pytest.mark.parametrize("real", [torch.ones(2, 3), torch.zeros(2, 3)])
+def test_masks_that_say_nothing(real):
+    assert RealRows.of(real.bool()) is None
     assert isinstance(_idle(), ActivePass)
+
+
+def test_rows_of_values_and_back():
+    rows = RealRows.of(MASK.bool())
+    values = torch.arange(12.0).view(6, 2)
+    assert rows.size == (2, 3) and rows.rows_N.tolist() == [1, 2, 3, 5]
+    assert torch.equal(rows.padded(rows.real(values)), values * MASK.flatten()[:, None])
+    assert rows.on(torch.device("cpu")) is rows.rows_N

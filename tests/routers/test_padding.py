@@ -94,22 +94,81 @@ def holes(mask):
     return mask
 
 
-PADDED = {
+WHOLE = {
     "a hole in a sequence": {"mask": holes(MASK)},
     "no padding": {"mask": torch.ones_like(MASK)},
+    "nothing but padding": {"mask": torch.zeros_like(MASK)},
+    "no mask": {"mask": None},
     "a mask for each pair": {"mask": torch.ones(4, 1, 12, 12).tril().bool(), "output_router_logits": False},
-    "hidden states": {"output_hidden_states": True},
-    "a cache": {"use_cache": True},
 }
 
 
-@pytest.mark.parametrize("kwargs", PADDED.values(), ids=PADDED)
-def test_what_cannot_be_packed_stays_padded(kwargs):
-    padded, expected, rows, *_ = trained("keep", **kwargs)
-    packed, found, seen, *_ = trained("auto", **kwargs)
-    assert {len(ids) for calls in seen.values() for ids in calls} == {48}
-    assert torch.equal(packed.loss, padded.loss)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+@pytest.mark.parametrize("kwargs", WHOLE.values(), ids=WHOLE)
+def test_where_there_is_nothing_to_skip_every_bit_is_that_of_the_padded_batch(kwargs, caplog):
+    padded, expected, *_ = trained("keep", **kwargs)
+    model = tiny_qwen3_moe()
+    rows = rows_of_experts(model)
+    packed, found, *_ = trained("auto", model=model, **kwargs)
+    assert {48} <= rows <= {16, 33, 23, 48}  # those of attaching
+    torch.testing.assert_close(packed.loss, padded.loss, rtol=0, atol=0, equal_nan=True)  # of no token at all
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    said = [record.getMessage() for record in caplog.records]
+    holes = "padding is kept in a forward that replays: its attention mask has holes"
+    assert said == ([holes] if kwargs["mask"] is not None and kwargs["mask"].sum() == MASK.sum() - 1 else [])
+
+
+BY_EXPERTS_ONLY = {
+    "hidden states": ({"output_hidden_states": True}, "is asked for output_hidden_states"),
+    "attentions": ({"output_attentions": True}, "is asked for output_attentions"),
+    "a cache": ({"use_cache": True}, "is asked for use_cache"),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "text"), BY_EXPERTS_ONLY.values(), ids=BY_EXPERTS_ONLY)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_what_cannot_be_packed_skips_by_experts_and_says_so_once(kwargs, text, checkpointing, caplog):
+    if checkpointing != "none" and "use_cache" in kwargs:
+        pytest.skip("Transformers uses no cache then")
+    padded, expected, *_ = trained("keep", checkpointing=checkpointing, **kwargs)
+    model = tiny_qwen3_moe()
+    rows = rows_of_experts(model)
+    for name, value in padded.items():  # what was asked for is there
+        assert value is not None, name
+    packed, found, *_ = trained("auto", checkpointing=checkpointing, model=model, **kwargs)
+    assert int(MASK.sum()) in rows and 48 not in rows
+    assert [*packed] == [*padded]
+    assert packed.loss.item() == pytest.approx(padded.loss.item(), rel=1e-6)
+    assert_same_gradients(found, expected)
+    (record,) = caplog.records
+    assert text in record.getMessage()
+    assert packed.get("hidden_states") is None or packed.hidden_states[1].shape[:2] == (4, 12)
+
+
+def test_embeddings_are_packed():
+    """As of a model that mixes images in, or whose user edits them."""
+    found = {}
+    for padding in ("keep", "auto"):
+        model = tiny_qwen3_moe()
+        rows = rows_of_experts(model)
+        embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        with RouterReplay(model, padding=padding) as replay:
+            rows.clear()
+            with replay.replay(foreign_record(replay, 4, 12)):
+                logits = model(inputs_embeds=embeds, attention_mask=MASK, use_cache=False).logits
+            logits[MASK.bool()].square().mean().backward()
+        found[padding] = logits[MASK.bool()], gradients(model) | {"embeds": embeds.grad[MASK.bool()]}, rows
+    assert found["keep"][2] == {48} and found["auto"][2] == {int(MASK.sum())}
+    torch.testing.assert_close(found["auto"][0], found["keep"][0], rtol=1e-4, atol=1e-5)
+    assert_same_gradients(found["auto"][1], found["keep"][1])
+
+
+def test_a_cache_that_only_the_config_wants_is_not_made():
+    """It would hold one sequence of all."""
+    model = tiny_qwen3_moe()
+    assert model.config.use_cache
+    with RouterReplay(model, padding="auto") as replay, replay.replay(foreign_record(replay, 4, 12)):
+        output = model(input_ids=IDS, attention_mask=MASK)
+        assert output.past_key_values is None or output.past_key_values.get_seq_length() == 12
 
 
 def test_a_row_without_a_real_token():
@@ -224,8 +283,8 @@ def test_attention_across_sequences_is_found(monkeypatch):
     """The wrong variant: real tokens in one row, as one sequence."""
     of = PackedBatch.of.__func__
 
-    def as_one(cls, mask):
-        batch = of(cls, mask)
+    def as_one(cls, real_BT):
+        batch = of(cls, real_BT)
         batch.lengths = [sum(batch.lengths)]
         return batch
 
@@ -273,6 +332,16 @@ def _attention():
     heads = module.config.num_attention_heads, module.config.num_key_value_heads
     query, key, value = (torch.randn(1, n, 5, 16) for n in (heads[0], heads[1], heads[1]))
     return module, query, key, value, None
+
+
+@pytest.mark.parametrize(("attention", "mode"), [("sdpa", "all"), ("eager", "experts")])
+def test_a_handle_that_was_removed_says_what_it_did(attention, mode):
+    model = tiny_qwen3_moe()
+    model.config._attn_implementation = attention
+    with RouterReplay(model, padding="auto") as replay:
+        said = repr(replay)
+    assert repr(replay) == said and replay.padding.mode == mode
+    assert "padding=skipped" in said
 
 
 def test_a_setting_that_does_not_exist():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._compat import edits
 from .checks import MisalignedRecordError
+from .real_tokens import RealTokens
 from .record import RoutingLayout, align, lay_out, missing_rows
 from .sampling_mask import SamplingMask
 
@@ -118,12 +119,14 @@ class CheckedTokens:
             Prompts padded on the left and completions on the right.
         prompt_width (`int`):
             Width of the padded prompts.
+        mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Which tokens are real: read with what tells whether tokens are equal, so that it costs no wait.
 
     Raises:
         [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
     """
 
-    def __init__(self, samples: Sequence[Sample], input_ids: Tensor, prompt_width: int):
+    def __init__(self, samples: Sequence[Sample], input_ids: Tensor, prompt_width: int, mask: Tensor | None = None):
         if input_ids.shape[0] != len(samples):
             raise MisalignedRecordError(
                 f"{input_ids.shape[0]} sequences are scored with the records of {len(samples)} samples. Index "
@@ -131,7 +134,7 @@ class CheckedTokens:
             )
         self.samples, self.prompt_width = samples, prompt_width
         self._input_ids, self._version = input_ids, edits(input_ids)
-        check_tokens(samples, input_ids, prompt_width)
+        self.real = check_tokens(samples, input_ids, prompt_width, mask)
 
     def check(self, first: int, input_ids: Tensor) -> None:
         """Of a forward over the samples from `first` on: compared only where it is no slice of the batch itself."""
@@ -145,13 +148,18 @@ class CheckedTokens:
             check_tokens(self.samples[first : first + len(input_ids)], input_ids, self.prompt_width)
 
 
-def check_tokens(samples: Sequence[Sample], input_ids: Tensor, prompt_width: int) -> None:
+def check_tokens(
+    samples: Sequence[Sample], input_ids: Tensor, prompt_width: int, mask: Tensor | None = None
+) -> RealTokens:
     """
     Refuse to replay records on other tokens than those they were made for.
 
     Args:
-        samples, input_ids, prompt_width:
+        samples, input_ids, prompt_width, mask:
             As in [`CheckedTokens`].
+
+    Returns:
+        [`RealTokens`]: What the mask says, if there is one.
 
     Raises:
         [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
@@ -162,7 +170,10 @@ def check_tokens(samples: Sequence[Sample], input_ids: Tensor, prompt_width: int
     lay_out(there, prompts, prompt_width, expected, fill=-1)
     expected = expected.to(input_ids.device)
     wrong = (expected != input_ids) & (expected >= 0)
-    if bool(wrong.any()):  # one wait for the device, before anything is computed from the wrong experts
+    real_BT = wrong[:0] if mask is None else mask.detach().bool()
+    # one wait for the device, before anything is computed from the wrong experts
+    seen = torch.cat([wrong.any()[None], real_BT.flatten()]).cpu()
+    if bool(seen[0]):
         row, position = wrong.nonzero()[0].tolist()
         raise MisalignedRecordError(
             f"sample {samples[row].identity}: {int(wrong[row].sum())} tokens of the batch differ from those that its "
@@ -170,6 +181,7 @@ def check_tokens(samples: Sequence[Sample], input_ids: Tensor, prompt_width: int
             f"{int(expected[row, position])}. Whatever reorders or edits the batch has to index `rollout_samples` "
             "with its other tensors, and to leave the tokens as they are."
         )
+    return RealTokens() if mask is None else RealTokens(mask, seen[1:].view(mask.shape))
 
 
 @dataclass
@@ -187,7 +199,7 @@ class ScoredBatch:
         observes (`bool`, *optional*, defaults to `False`):
             Whether to look at the live selection of some rows.
         checked ([`CheckedTokens`], *optional*):
-            The tokens of the batch. Without it, those of each forward are compared.
+            The tokens of the batch. Without it, those of each forward are compared, and its mask is read.
     """
 
     samples: Sequence[Sample]
@@ -239,6 +251,10 @@ class ScoredBatch:
         around = (torch.cat([sample.record[rows + step] for sample, rows in self._chosen]) for step in (0, -1, 1))
         recorded_MLK, before_MLK, after_MLK = around
         self.observations.append(Observation(of_samples, live_MLK, recorded_MLK, before_MLK, after_MLK))
+
+    def real(self, mask: Tensor) -> Tensor:
+        """What the attention mask of a forward says, on the host."""
+        return (RealTokens() if self.checked is None else self.checked.real).of(mask)
 
     def check_done(self) -> None:
         """Refuse a pass that left samples out."""

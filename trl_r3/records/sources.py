@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_rows
+from .real_tokens import RealTokens
 from .record import RoutingLayout, missing_rows, pack, select_moe_layers
 
 
@@ -28,6 +29,9 @@ class RecordSource(Protocol):
     def observe(self, live_MLK: Tensor) -> None:
         """Take the live selection of the rows of `observed`."""
 
+    def real(self, mask: Tensor) -> Tensor:
+        """(B, T) of `bool`, on the host: which tokens the attention mask of a forward calls real."""
+
 
 @dataclass
 class WholeBatch:
@@ -35,6 +39,7 @@ class WholeBatch:
 
     record: Tensor  # packed (B, T, L, K)
     observed: Tensor | None = field(default=None, init=False)
+    _real: RealTokens = field(default_factory=RealTokens, init=False)
 
     @classmethod
     def of(cls, routed_experts: Tensor, layout: RoutingLayout) -> WholeBatch:
@@ -69,6 +74,10 @@ class WholeBatch:
 
     def observe(self, live_MLK: Tensor) -> None:
         """Nothing is asked for."""
+
+    def real(self, mask: Tensor) -> Tensor:
+        """Read once, however many forwards use the batch."""
+        return self._real.of(mask)
 
     def take(self, batch_size: int, num_tokens: int, tokens: Tensor | None = None) -> Tensor:
         """The record, if it is of the forward's size."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .._compat import is_compiled, pipeline_size, uses_prompt_learning
@@ -53,6 +55,16 @@ def attachable(model: nn.Module) -> nn.Module:
             "kind of adapter (LoRA), or set `use_routing_replay=False`."
         )
     return unwrapped
+
+
+def refuse_compiled(modules: Iterable[nn.Module]) -> None:
+    """Refuse to record or replay what was compiled after it was attached to."""
+    compiled = next((type(module).__name__ for module in modules if is_compiled(module)), None)
+    if compiled is not None:
+        raise RuntimeError(
+            f"{compiled} was compiled after routing replay was attached, which would run past it. Do not call "
+            "`compile()` on the model, or remove the handle first."
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ Legend: B batch, T tokens of a padded sequence, N real tokens of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,41 @@ from .discovery import is_experts
 from .patches import ActivePass, Patch
 
 
-@dataclass
 class RealRows:
     """
-    Which rows of a padded batch are real.
+    Which rows of a padded batch are real, on the host, and wherever a layer asks for them.
 
     Args:
-        rows_N (`torch.Tensor` of shape `(N,)`):
-            Their places among the `B * T` rows.
-        count (`int`):
-            `B * T`.
+        real_BT (`torch.BoolTensor` of shape `(B, T)`):
+            Which tokens are, on the host.
     """
 
-    rows_N: Tensor
-    count: int
+    def __init__(self, real_BT: Tensor):
+        self.size = batch_size, width = (real_BT.shape[0], real_BT.shape[1])
+        self.count = batch_size * width
+        self.rows_N = real_BT.flatten().nonzero()[:, 0]
+        self._there: dict[torch.device, Tensor] = {self.rows_N.device: self.rows_N}
 
     @classmethod
-    def of(cls, mask: Any, main: Tensor) -> RealRows | None:
-        """By the attention mask of a batch `(B, T, ...)`; `None` where it is none of `(B, T)`, or has no padding."""
-        if not torch.is_tensor(mask) or mask.shape != main.shape[:2]:
-            return None
-        real = mask.detach().cpu().bool().flatten()
-        if bool(real.all()) or not bool(real.any()):
-            return None
-        return cls(real.nonzero()[:, 0].to(mask.device), real.numel())
+    def of(cls, real_BT: Tensor) -> RealRows | None:
+        """Those of a batch; `None` where it has no padding, or nothing else."""
+        rows = cls(real_BT)
+        return rows if 0 < len(rows.rows_N) < rows.count else None
+
+    def on(self, device: torch.device) -> Tensor:
+        """(N,) their places among the `B * T` rows, on a device."""
+        if device not in self._there:  # what is sent needs no wait
+            self._there[device] = self.rows_N.to(device, non_blocking=True)
+        return self._there[device]
+
+    def real(self, values: Tensor) -> Tensor:
+        """(N, ...) of the `(B * T, ...)` rows of the padded batch, wherever these are."""
+        return values[self.on(values.device)]
+
+    def padded(self, values: Tensor) -> Tensor:
+        """(B * T, ...) of `(N, ...)`: zeros where padding is."""
+        zeros = values.new_zeros(self.count, *values.shape[1:])
+        return zeros.index_copy(0, self.on(values.device), values)
 
 
 class CompactExperts:
@@ -66,15 +76,19 @@ class CompactExperts:
 
     def _experts(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         pass_ = self.active.current
-        if pass_ is None or pass_.real is None:
+        rows = None if pass_ is None else pass_.real
+        if rows is None:
             return forward(*args, **kwargs)
         self.calls += 1
-        count = pass_.real.count
-        device = next(value.device for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-        rows_N = pass_.real.rows_N.to(device)
 
         def real(value: Any) -> Any:
-            return value[rows_N] if torch.is_tensor(value) and value.ndim and value.shape[0] == count else value
+            if not torch.is_tensor(value) or not value.ndim:
+                return value
+            if value.ndim > 2 and tuple(value.shape[:2]) == rows.size:
+                return rows.real(value.flatten(0, 1))[None]
+            return rows.real(value) if len(value) == rows.count else value
 
         output = forward(*map(real, args), **{name: real(value) for name, value in kwargs.items()})
-        return output.new_zeros(count, *output.shape[1:]).index_copy(0, rows_N, output)
+        if output.ndim > 2:
+            return rows.padded(output.flatten(0, 1)).unflatten(0, rows.size)
+        return rows.padded(output)

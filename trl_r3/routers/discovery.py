@@ -14,6 +14,7 @@ from torch import nn
 
 from .._compat import uses_kernels
 from ..gating import native_kernels
+from ..records.record import RoutingLayout
 from .gated import GatedRouter, GateFormula, with_gating_op
 from .patches import Patch
 from .probe import Event, TopK, WatchedForward, noise_like, probe, run_probe
@@ -45,6 +46,12 @@ class FoundRouters:
     routers: list[Router]
     stack: nn.Module
     num_decoder_layers: int
+
+    @property
+    def layout(self) -> RoutingLayout:
+        """Layers and experts of the model."""
+        first, layers = self.routers[0], tuple(router.layer for router in self.routers)
+        return RoutingLayout(layers, self.num_decoder_layers, first.num_experts, first.top_k)
 
 
 def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:

@@ -18,76 +18,71 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .._compat import attention_of
+from .compaction import RealRows
 from .patches import ActivePass
 
 _ATTENTION = "sdpa"  # whose kernel takes a sequence without a mask
-_FORWARD = {"input_ids", "attention_mask", "position_ids"}
+_FORWARD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 
 
 @dataclass
 class PackedBatch:
     """
-    Where the real tokens of a padded batch are.
+    Where the real tokens of a padded batch are, if each of its sequences has them in one piece.
 
     Args:
-        size (`tuple[int, int]`):
-            B and T.
-        rows_N (`torch.Tensor` of shape `(N,)`):
-            Which of the `B * T` rows are real, on the device of the forward.
+        rows ([`RealRows`]):
+            Which of the `B * T` rows are real.
         lengths (list of `int`):
             Real tokens of each sequence that has any.
     """
 
-    size: tuple[int, int]
-    rows_N: Tensor
+    rows: RealRows
     lengths: list[int]
 
     @classmethod
-    def of(cls, mask: Tensor) -> PackedBatch | None:
-        """That of an attention mask of shape `(B, T)`; `None` where there is nothing to skip, or holes in a row."""
-        real_BT = mask.detach().cpu().bool()
-        if bool(real_BT.all()) or not bool(real_BT.any()):
+    def of(cls, real_BT: Tensor) -> PackedBatch | None:
+        """Of the tokens that are real, on the host, without holes; `None` where there is nothing to skip."""
+        rows = RealRows.of(real_BT)
+        if rows is None:
             return None
-        beginnings_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
-        if int(beginnings_B.max()) > 1:
-            return None
-        rows_N = real_BT.flatten().nonzero()[:, 0].to(mask.device)
-        lengths = [length for length in real_BT.sum(1).tolist() if length]
-        return cls((mask.shape[0], mask.shape[1]), rows_N, lengths)
-
-    def real(self, values: Tensor) -> Tensor:
-        """(N, ...) of the `(B * T, ...)` rows of the padded batch, wherever these are."""
-        return values[self.rows_N.to(values.device)]
+        return cls(rows, [length for length in real_BT.sum(1).tolist() if length])
 
     def place(self, rows_M: Tensor | None) -> Tensor | None:
-        """Where rows of the padded batch are among the real ones."""
+        """Where rows of the padded batch are among the real ones, on the host as they are."""
         if rows_M is None:
             return None
-        place = self.rows_N.new_zeros(self.size[0] * self.size[1])
-        place[self.rows_N] = torch.arange(len(self.rows_N), device=place.device)
-        return place[rows_M.to(place.device)]
+        place = torch.zeros(self.rows.count, dtype=torch.int64)
+        place[self.rows.rows_N] = torch.arange(len(self.rows.rows_N))
+        return place[rows_M.cpu()]
 
     def forward(self, forward: Callable, kwargs: dict[str, Any]) -> Any:
         """Run the module over the real tokens; its output is that of a padded batch, zero where padding is."""
-        batch_size, width = self.size
-        positions = kwargs.get("position_ids")
+        (batch_size, width), rows = self.rows.size, self.rows
+        name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+        given, positions = kwargs[name], kwargs.get("position_ids")
         if positions is None:  # of the padded batch, as the module would count them
-            positions = torch.arange(width, device=self.rows_N.device)
+            positions = torch.arange(width, device=given.device)
         rest = {name: value for name, value in kwargs.items() if name not in _FORWARD}
+        if "use_cache" in rest:  # which a config may switch on, and which would hold one sequence
+            rest["use_cache"] = False
         output = forward(
-            input_ids=self.real(kwargs["input_ids"].flatten())[None],
-            position_ids=self.real(positions.expand(batch_size, width).flatten())[None],
+            **{name: rows.real(given.flatten(0, 1))[None]},
+            position_ids=rows.real(positions.expand(batch_size, width).flatten())[None],
             attention_mask=None,
             **rest,
         )
         hidden = output.last_hidden_state
-        output.last_hidden_state = self._padded(hidden.flatten(0, 1)).view(batch_size, width, -1)
+        output.last_hidden_state = rows.padded(hidden.flatten(0, 1)).view(batch_size, width, -1)
         if output.get("router_logits") is not None:  # the auxiliary loss takes them with the mask of the whole batch
-            output.router_logits = tuple(map(self._padded, output.router_logits))
+            output.router_logits = tuple(map(rows.padded, output.router_logits))
         return output
 
-    def _padded(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.size[0] * self.size[1], values.shape[-1]).index_copy(0, self.rows_N, values)
+
+def has_holes(real_BT: Tensor) -> bool:
+    """Whether any sequence has padding between tokens that are real."""
+    beginnings = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, :1].sum(1)
+    return bool((beginnings > 1).any())
 
 
 class PackedAttention:
@@ -104,29 +99,48 @@ class PackedAttention:
     def __init__(self, stack: nn.Module, active: ActivePass):
         self.active = active
         self.implementation = attention_of(stack)
-        self.calls = 0  # in passes
-        self.expected: int | None = None  # calls in a forward
-        self.refused = ""
-        self._entries = [
-            _Entry(ALL_ATTENTION_FUNCTIONS, self._attend),
-            _Entry(ALL_MASK_ATTENTION_FUNCTIONS, self._mask),
-        ]
+        self.expected: int | None = None  # calls in a forward, once a padded one has been seen
+        self.refused: str | None = None  # what a padded forward showed to speak against it
+        self._entries = []
+        if self.implementation == _ATTENTION:
+            self._entries = [
+                _Entry(ALL_ATTENTION_FUNCTIONS, self._attend),
+                _Entry(ALL_MASK_ATTENTION_FUNCTIONS, self._mask),
+            ]
 
     def remove(self) -> None:
         """Give Transformers its own functions back."""
         while self._entries:
             self._entries.pop().remove()
 
+    def meet(self, calls: int) -> None:
+        """After a padded forward: the first tells how often attention runs in one."""
+        if self.expected is None:
+            self.expected = calls
+
+    def why_not(self) -> str | None:
+        """What speaks against packing, after a padded forward."""
+        if self.implementation != _ATTENTION:
+            return f"its attention is {self.implementation!r}, and only {_ATTENTION!r} is packed"
+        return self.refused if self.expected else "its attention is not the one that Transformers registers"
+
+    def check(self, calls: int) -> None:
+        """Refuse a packed forward in which attention ran less often, or more."""
+        if calls != self.expected:
+            raise RuntimeError(
+                f"attention ran {calls} times in a packed forward, expected {self.expected}: some of it may have "
+                "looked across sequences. Set `padding='keep'`."
+            )
+
     def _attend(self, own: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
         pass_ = self.active.current
         if pass_ is None:
             return own(module, query, key, value, *args, **kwargs)
-        self.calls, pass_.attended = self.calls + 1, pass_.attended + 1
-        for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
-            if kwargs.get(name) is not None:
-                self.refused = f"its attention has a `{name}`"
+        pass_.attended += 1
         lengths = pass_.lengths
         if lengths is None:
+            if self.expected is None:
+                self._look_for_windows(kwargs)
             return own(module, query, key, value, *args, **kwargs)
         if query.shape[2] != sum(lengths) or key.shape[2] != sum(lengths):
             raise RuntimeError(
@@ -136,6 +150,11 @@ class PackedAttention:
         kwargs = {**kwargs, "attention_mask": None, "is_causal": True}
         pieces = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
         return torch.cat([own(module, q, k, v, **kwargs)[0] for q, k, v in pieces], dim=1), None
+
+    def _look_for_windows(self, kwargs: dict[str, Any]) -> None:
+        for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                self.refused = f"its attention has a `{name}`"
 
     def _mask(self, own: Callable, *args: Any, **kwargs: Any) -> Any:
         pass_ = self.active.current
@@ -168,18 +187,3 @@ class _Entry:
         del self.registry[_ATTENTION]
         if self.registry[_ATTENTION] is not own:
             self.registry[_ATTENTION] = own
-
-
-def why_padded(args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Why a forward is not packed, by its arguments; `None` where nothing speaks against it."""
-    mask, ids, positions = kwargs.get("attention_mask"), kwargs.get("input_ids"), kwargs.get("position_ids")
-    if args or not torch.is_tensor(ids) or ids.ndim != 2 or kwargs.get("inputs_embeds") is not None:
-        return "it is not given `input_ids` by name"
-    if not torch.is_tensor(mask) or mask.shape != ids.shape:
-        return "its attention mask is not one of (batch, tokens)"
-    if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
-        return "its position ids are not those of (batch, tokens)"
-    asked = [name for name in ("output_hidden_states", "output_attentions", "use_cache") if kwargs.get(name)]
-    if kwargs.get("past_key_values") is not None or asked:
-        return f"it is asked for {', '.join(asked) or 'a cache'}"
-    return None

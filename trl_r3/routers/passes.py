@@ -205,6 +205,10 @@ class ReplayingPass(RecordingPass):
         return torch.cat(changed, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
 
 
+# from size and attention mask of a forward, the (B, T) of `bool` on the host: which of its tokens are real
+WhichAreReal = Callable[[Sequence[int], Any], Tensor | None]
+
+
 @dataclass
 class RecordedRoutes:
     """What [`RouterReplay.record`] yields: the selections of all forwards inside it."""
@@ -212,6 +216,7 @@ class RecordedRoutes:
     layout: RoutingLayout
     forwards: list[Tensor] = field(default_factory=list)  # packed (B, T_i, L, K)
     tokens: list[Tensor | None] = field(default_factory=list)  # (B, T_i), where the forward was given input ids
+    real: WhichAreReal | None = None
 
     @property
     def packed(self) -> Tensor:
@@ -271,23 +276,3 @@ class TrainingGuard:
             )
         self.live += 1
         self.live_rows += batch_size * max(num_tokens - 1, 0)
-
-
-def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | None:
-    """(N,) of `bool`, where the mask says which tokens are real."""
-    if torch.is_tensor(mask) and mask.shape == (batch_size, num_tokens):
-        return mask.flatten().bool()
-    return None
-
-
-def get_batch(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
-    """Input ids (B, T), if the forward has them, and what it starts from: these, or embeddings (B, T, ...)."""
-    embeds = kwargs.get("inputs_embeds")
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    main = ids if torch.is_tensor(ids) and embeds is None else embeds
-    if not torch.is_tensor(main) or main.ndim < 2:
-        raise RuntimeError(
-            f"the decoder was called with {sorted(kwargs)} and {len(args)} positional arguments, but neither "
-            "`input_ids` nor `inputs_embeds` is a batch among them. Pass one of them by name."
-        )
-    return (ids if torch.is_tensor(ids) and ids.ndim == 2 else None), main

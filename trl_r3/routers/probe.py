@@ -90,7 +90,7 @@ def probe(
 
 def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None) -> None:
     """Score a few tokens."""
-    embedding = _embedding(model)
+    embedding = embedding_of(model)
     device = input_device(model)
     if device is None:
         weight = next(embedding.parameters(recurse=False))
@@ -121,7 +121,7 @@ def input_device(model: nn.Module) -> torch.device | None:
     Weights that are on the meta device or empty may be fetched when they are needed: by hooks (ZeRO-3) or by a forward
     that was put in place of the module's own (offloading).
     """
-    embedding = _embedding(model)
+    embedding = embedding_of(model)
     weight = next(embedding.parameters(recurse=False))
     if not weight.is_meta and weight.numel() > 0:
         return weight.device
@@ -130,7 +130,7 @@ def input_device(model: nn.Module) -> torch.device | None:
     return execution_device(embedding) or (torch.device("cpu") if weight.is_meta else weight.device)
 
 
-def _embedding(model: nn.Module) -> nn.Module:
+def embedding_of(model: nn.Module) -> nn.Module:
     """The module that holds the weight of the embedding: that of an adapter only wraps it."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return next(module for module in embedding.modules() if next(module.parameters(recurse=False), None) is not None)

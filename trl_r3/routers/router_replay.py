@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import in_backward, is_compiled
+from .._compat import in_backward
 from ..records.metrics import ReplayStats
-from ..records.record import RoutingLayout, missing_rows
+from ..records.record import missing_rows
 from ..records.sources import RecordSource, WholeBatch
-from .attachable import attachable
+from .attachable import attachable, refuse_compiled
 from .discovery import find_routers
+from .forward_arguments import attended_tokens, get_batch
 from .gated import GatedRouter
+from .packing import PackedBatch
 from .padding import Padding, check_padding
 from .passes import (
     LivePass,
@@ -28,8 +30,7 @@ from .passes import (
     RecordingPass,
     ReplayingPass,
     TrainingGuard,
-    attended_tokens,
-    get_batch,
+    WhichAreReal,
 )
 from .patches import ActivePass, CurrentModules, Pass, Patch, bound_checkpoints
 
@@ -81,11 +82,8 @@ class RouterReplay:
         unwrapped = attachable(model)
         self._compilable = (model, unwrapped)
         found = find_routers(unwrapped, gating)
-        self.routers, self.stack = found.routers, found.stack
+        self.routers, self.stack, self.layout = found.routers, found.stack, found.layout
         self._modules = CurrentModules(self.stack)
-        first = self.routers[0]
-        layers = tuple(router.layer for router in self.routers)
-        self.layout = RoutingLayout(layers, found.num_decoder_layers, first.num_experts, first.top_k)
         self._active = ActivePass(threading.Event())
         self._recomputes = False  # whether a recompute has to go through the experts of its forward
         self.steady_recompute = False  # whether live forwards that build a graph want that, too
@@ -99,6 +97,7 @@ class RouterReplay:
         self.padding = Padding(self.stack, self._active) if padding == "auto" else None
         if self.padding is not None:
             self.padding.try_skipping(unwrapped, self)
+            self._recomputes = False  # those of a trial are over
 
     def __enter__(self) -> RouterReplay:
         return self
@@ -136,16 +135,21 @@ class RouterReplay:
         )
 
     @contextmanager
-    def record(self) -> Iterator[RecordedRoutes]:
+    def record(self, real: WhichAreReal | None = None) -> Iterator[RecordedRoutes]:
         """
         Record the selections of all forwards inside.
+
+        Args:
+            real (`Callable`, *optional*):
+                Tells which tokens of a forward are real, by its size and mask. With `padding="auto"`, others go to no
+                expert. Without it all do.
 
         Yields:
             [`RecordedRoutes`]: Its `routed_experts` has shape `(B, T, L, K)` and dtype `torch.int16`, on the model's
             device: all forwards, concatenated along the sequence.
         """
         self._check_idle("record")
-        self._recorded = recorded = RecordedRoutes(self.layout)
+        self._recorded = recorded = RecordedRoutes(self.layout, real=real)
         try:
             yield recorded
         finally:
@@ -235,12 +239,7 @@ class RouterReplay:
             )
         steadies = self.steady_recompute and torch.is_grad_enabled()
         if self._source is not None or self._recorded is not None or steadies:
-            compiled = next((type(module).__name__ for module in self._compilable if is_compiled(module)), None)
-            if compiled is not None:
-                raise RuntimeError(
-                    f"{compiled} was compiled after routing replay was attached, which would run past it. Do not call "
-                    "`compile()` on the model, or remove the handle first."
-                )
+            refuse_compiled(self._compilable)
         if self._source is not None:
             return self._replay_stack(self._source, forward, args, kwargs)
         if self._recorded is not None:
@@ -267,6 +266,8 @@ class RouterReplay:
     def _record_stack(self, recorded: RecordedRoutes, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         tokens, main = get_batch(args, kwargs)
         pass_ = RecordingPass(self.routers, self.layout)
+        if self.padding is not None and recorded.real is not None:
+            pass_.real = self.padding.of_experts(recorded.real(main.shape[:2], kwargs.get("attention_mask")))
         output = self._run(pass_, forward, args, kwargs)
         recorded.forwards.append(pass_.close().unflatten(0, main.shape[:2]))
         recorded.tokens.append(None if tokens is None else tokens.clone())  # a view would keep its base
@@ -276,16 +277,18 @@ class RouterReplay:
         tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
         record_NLK = source.take(batch_size, num_tokens, tokens).flatten(0, 1)
-        packed = None if self.padding is None else self.padding.packed(args, kwargs)
-        record_NLK = record_NLK if packed is None else packed.real(record_NLK)
-        observed_M = source.observed if packed is None else packed.place(source.observed)
+        skips = None if self.padding is None else self.padding.rows(source, main, args, kwargs)
+        packed = skips if isinstance(skips, PackedBatch) else None
+        observed_M = source.observed
+        if packed is not None:
+            record_NLK, observed_M = packed.rows.real(record_NLK), packed.place(observed_M)
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = self._recomputes or torch.is_grad_enabled()
         observed_M = None if observed_M is None else observed_M.to(main.device)
         pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M)
-        run = forward if self.padding is None else self.padding.around(pass_, packed, forward, main, kwargs)
+        run = forward if self.padding is None else self.padding.around(pass_, skips, forward)
         output = self._run(pass_, run, args, kwargs)
         live_MLK = pass_.observed_live()
         changed_NL = pass_.close()

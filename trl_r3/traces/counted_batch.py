@@ -49,6 +49,10 @@ class CountedBatch:
         self.recorded_LE += expert_load(rows_NLK[whole], self.batch.layout.num_experts)
         return record
 
+    def real(self, mask: Tensor) -> Tensor:
+        """What the attention mask of a forward says, on the host."""
+        return self.batch.real(mask)
+
     def observe(self, live_MLK: Tensor) -> None:
         """Take the live selection of the rows of `observed`."""
         assert self.observed is not None  # it was asked for

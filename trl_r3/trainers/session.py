@@ -211,7 +211,7 @@ class ReplaySession:
         replays = self.routes and is_policy and not scoring.goes_live
         if not replays and not self.masks:
             return score()
-        checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep)
+        checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep, attention_mask)
         if not scoring.is_update and not scoring.goes_live:  # the loss is not known yet, what TRL cuts out is
             note_rows_that_matter(scoring.samples, attention_mask[:, checked.prompt_width :])
         head: AbstractContextManager = nullcontext()

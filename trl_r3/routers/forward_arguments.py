@@ -1,0 +1,58 @@
+"""What a forward of the module above the decoder layers was given.
+
+Legend: B batch, T tokens of a sequence, N tokens of a forward (B * T).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | None:
+    """(N,) of `bool`, where the mask says which tokens are real."""
+    if torch.is_tensor(mask) and mask.shape == (batch_size, num_tokens):
+        return mask.flatten().bool()
+    return None
+
+
+def get_batch(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+    """Input ids (B, T), if the forward has them, and what it starts from: these, or embeddings (B, T, ...)."""
+    embeds = kwargs.get("inputs_embeds")
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    main = ids if torch.is_tensor(ids) and embeds is None else embeds
+    if not torch.is_tensor(main) or main.ndim < 2:
+        raise RuntimeError(
+            f"the decoder was called with {sorted(kwargs)} and {len(args)} positional arguments, but neither "
+            "`input_ids` nor `inputs_embeds` is a batch among them. Pass one of them by name."
+        )
+    return (ids if torch.is_tensor(ids) and ids.ndim == 2 else None), main
+
+
+_OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")  # what is packed
+
+
+def _is_of(value: Any, size: torch.Size) -> bool:
+    return torch.is_tensor(value) and value.ndim > 1 and value.shape[:2] == size
+
+
+def why_padded(args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Why a forward is not packed, by its arguments; `None` where nothing speaks against it."""
+    mask, ids, positions = kwargs.get("attention_mask"), kwargs.get("input_ids"), kwargs.get("position_ids")
+    embeds = kwargs.get("inputs_embeds")
+    given = ids if embeds is None else embeds
+    if args or not torch.is_tensor(given) or given.ndim != (2 if embeds is None else 3):
+        return "it is not given `input_ids` or `inputs_embeds` by name"
+    if not torch.is_tensor(mask) or mask.shape != given.shape[:2]:
+        return "its attention mask is not one of (batch, tokens)"
+    if positions is not None and (positions.ndim != 2 or positions.shape[1] != given.shape[1]):
+        return "its position ids are not those of (batch, tokens)"
+    beside = [name for name, value in kwargs.items() if name not in _OF_TOKENS and _is_of(value, given.shape[:2])]
+    if beside:
+        return f"it is given {', '.join(beside)} of (batch, tokens)"
+    asked = [name for name in ("output_hidden_states", "output_attentions", "use_cache") if kwargs.get(name)]
+    if kwargs.get("past_key_values") is not None or asked:
+        return f"it is asked for {', '.join(asked) or 'a cache'}"
+    return None
