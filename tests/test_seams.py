@@ -362,6 +362,21 @@ SEAMS = [
     ),
     Seam(
         "engines/_compat_engines.py",
+        "GenerationMixin._get_stopping_criteria makes the list that tells which sequences are fed padding",
+        lambda: (
+            "self._get_stopping_criteria(" in inspect.getsource(GENERATE)
+            and all(
+                text in inspect.getsource(transformers.GenerationMixin._sample)
+                for text in (
+                    'any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)',
+                    "unfinished_sequences & ~stopping_criteria(input_ids, scores)",
+                    "next_tokens * unfinished_sequences + pad_token_id * (1 - unfinished_sequences)",
+                )
+            )
+        ),
+    ),
+    Seam(
+        "engines/_compat_engines.py",
         "ContinuousBatchProcessor.model_runner, ModelRunner._sample(scores, output_ids)",
         lambda: (
             sets(PROCESSOR, "model_runner")

@@ -268,27 +268,6 @@ def has_model(config: Any) -> bool:
     return any(type(config) in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForImageTextToText))
 
 
-@contextmanager
-def noted_ends(lm: Any, note: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """
-    Let `note` see after each token of `generate` which sequences (B,) have ended, where it feeds these padding from
-    then on. Goes when `generate` tells a user's function so.
-    """
-    from transformers import StoppingCriteriaList
-
-    own = lm._get_stopping_criteria
-
-    class Noted(StoppingCriteriaList):
-        def __call__(self, *args: Any, **kwargs: Any) -> torch.BoolTensor:
-            done = super().__call__(*args, **kwargs)
-            if any(hasattr(each, "eos_token_id") for each in self):  # else it goes on to sample
-                note(done)
-            return done
-
-    with swapped(lm, "_get_stopping_criteria", lambda *args, **kwargs: Noted(own(*args, **kwargs))):
-        yield
-
-
 def only_its_engine_goes_back(model: nn.Module) -> bool:
     """
     Whether ZeRO-3 has partitioned weights: a backward that does not begin in DeepSpeed's engine is an error, or makes

@@ -22,6 +22,7 @@ from ..records.sampling_mask import SamplingMask, kept_rows
 from ..routers.passes import RecordedRoutes
 from ..routers.router_replay import RouterReplay
 from ._compat_engines import last_processor
+from .fed_tokens import recorded_as_fed
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 
 
@@ -153,7 +154,7 @@ def generate_with_routes(
     sampled = SampledTokens(lm, temperature) if temperature is not None else None
     noted = last_processor(lm, sampled.keep) if keeps and sampled is not None else nullcontext()
     try:
-        with noted, replay.record() if replay is not None else nullcontext() as recorded:
+        with noted, recorded_as_fed(lm, replay) as recorded:
             output = generate(*args, **recordable_kwargs(kwargs))
     finally:
         if sampled is not None:
@@ -164,8 +165,8 @@ def generate_with_routes(
     records = None
     if replay is not None and recorded is not None:
         _check_fed(recorded, sequences, width)
-        fed = recorded.packed[:, : sequences.shape[1] - 1]
-        records = torch.nn.functional.pad(fed, (0, 0, 0, 0, 0, 1), value=replay.layout.missing)
+        rows = recorded.packed[:, : sequences.shape[1] - 1]
+        records = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 1), value=replay.layout.missing)
     logprobs = None if sampled is None else sampled.logprobs(sequences, width)
     kept = sampled.kept_at(sequences, width) if keeps and sampled is not None else None
     return Generated(output, sequences, width, records, logprobs, kept)

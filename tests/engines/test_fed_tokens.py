@@ -1,0 +1,151 @@
+"""What `generate()` feeds beside real tokens goes to no expert: the rollout is the one that it is without that.
+
+Legend: B sequences, P prompt tokens with padding, T tokens of the returned sequences.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines.tiny_chat import tiny_qwen3_moe
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from trl_r3 import RouterReplay
+from trl_r3.cli.experts import experts_of
+from trl_r3.engines.fed_tokens import FedTokens, recorded_as_fed
+from trl_r3.engines.generate import generate_with_routes
+
+LENGTHS, WIDTH, NEW = (3, 7, 1, 5), 7, 12
+MASK = torch.tensor([[0] * (WIDTH - length) + [1] * length for length in LENGTHS])
+IDS = ((torch.arange(4 * WIDTH).view(4, WIDTH) * 7 + 3) % 100 + 10) * MASK
+ENDS = list(range(30, 60))  # a quarter of the vocabulary, so that sequences end early
+
+
+def rows_of_calls(model, layer=0):
+    """How many rows the experts of a layer compute in each call."""
+    rows, module = [], experts_of(model)[layer]
+
+    def forward(hidden, *args, own=module.forward, **kwargs):
+        rows.append(hidden.flatten(0, -2).shape[0])
+        return own(hidden, *args, **kwargs)
+
+    module.forward = forward
+    return rows
+
+
+def rollout(padding, model=None, **kwargs):
+    """A rollout, and how many rows went to the experts in each forward."""
+    model = model or tiny_qwen3_moe()
+    rows = rows_of_calls(model)
+    given = {"input_ids": IDS, "attention_mask": MASK, "do_sample": True, "max_new_tokens": NEW, "top_k": 0}
+    given |= {"eos_token_id": ENDS, "pad_token_id": 0, **kwargs}
+    with RouterReplay(model, padding=padding) as replay:
+        rows.clear()  # of attaching
+        torch.manual_seed(0)
+        generated = generate_with_routes(model, replay, model.generate, (), given, temperature=1.0)
+    return generated, rows
+
+
+def lengths_of(sequences, ends=ENDS):
+    """Completion tokens of each sequence, with the one that ends it."""
+    is_end = torch.isin(sequences[:, WIDTH:], torch.tensor(ends))
+    return torch.where(is_end.any(1), is_end.int().argmax(1) + 1, sequences.shape[1] - WIDTH).tolist()
+
+
+def assert_same_rollout(one, other, lengths):
+    assert torch.equal(one.sequences, other.sequences)
+    for row, (prompt, completion) in enumerate(zip(LENGTHS, lengths, strict=True)):
+        real = slice(WIDTH - prompt, WIDTH + completion - 1)
+        assert torch.equal(one.records[row, real], other.records[row, real])
+        torch.testing.assert_close(one.logprobs[row, :completion], other.logprobs[row, :completion])
+
+
+def test_the_rollout_is_that_of_all_rows():
+    padded, all_rows = rollout("keep")
+    compact, rows = rollout("auto")
+    lengths = lengths_of(padded.sequences)
+    assert len(set(lengths)) > 2 and max(lengths) > 3
+    assert_same_rollout(compact, padded, lengths)
+    assert all_rows == [4 * WIDTH, *[4] * (max(lengths) - 1)]
+    # a token that ends a sequence is fed, and nothing follows from it
+    expected = [sum(LENGTHS), *(sum(length > step for length in lengths) for step in range(1, max(lengths)))]
+    assert rows == expected and sum(rows) < 0.8 * sum(all_rows)
+
+
+def test_sequences_that_end_too_early_would_be_seen(monkeypatch):
+    """The wrong variant: all have ended after their first token."""
+    note = FedTokens.note
+    padded, _ = rollout("keep")
+    monkeypatch.setattr(FedTokens, "note", lambda self, done: note(self, torch.tensor([True, True, False, True])))
+    wrong, _ = rollout("auto")
+    assert not torch.equal(wrong.sequences, padded.sequences)
+
+
+class Third(StoppingCriteria):
+    """Ends the first sequence after its third token."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        done = torch.zeros(len(input_ids), dtype=torch.bool)
+        done[0] = input_ids.shape[1] >= WIDTH + 3
+        return done
+
+
+def test_sequences_that_stop_and_go_on_are_not_ended():
+    """Where no token ends a sequence, `generate` feeds what it sampled until all have stopped."""
+    kwargs = {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList([Third()])}
+    padded, _ = rollout("keep", **kwargs)
+    compact, rows = rollout("auto", **kwargs)
+    assert_same_rollout(compact, padded, [NEW] * 4)
+    assert rows == [sum(LENGTHS), *[4] * (NEW - 1)]
+
+
+def test_sequences_that_something_else_stops_have_ended():
+    kwargs = {"eos_token_id": [127], "stopping_criteria": StoppingCriteriaList([Third()])}
+    padded, _ = rollout("keep", **kwargs)
+    compact, rows = rollout("auto", **kwargs)
+    assert (padded.sequences[0, WIDTH + 3 :] == 0).all()
+    lengths = [3, *lengths_of(padded.sequences, [127])[1:]]
+    assert_same_rollout(compact, padded, lengths)
+    assert rows[3:5] == [sum(length > 3 for length in lengths), sum(length > 4 for length in lengths)]
+
+
+WAYS = {
+    "chunks of the prompt": {"prefill_chunk_size": 3},
+    "several sequences of a prompt": {"num_return_sequences": 2},
+    "no mask": {"attention_mask": None, "input_ids": IDS[1:2]},
+    "scores": {"output_scores": True, "return_dict_in_generate": True},
+    "a static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("kwargs", WAYS.values(), ids=WAYS)
+def test_ways_of_generating(kwargs):
+    padded, all_rows = rollout("keep", **kwargs)
+    compact, rows = rollout("auto", **kwargs)
+    assert torch.equal(compact.sequences, padded.sequences)
+    assert sum(rows) <= sum(all_rows)
+
+
+def test_a_model_that_keeps_padding_in_its_experts(monkeypatch):
+    model = tiny_qwen3_moe()
+    with RouterReplay(model, padding="auto") as replay:
+        replay.padding.remove()
+        rows = rows_of_calls(model)
+        torch.manual_seed(0)
+        model.generate(IDS, attention_mask=MASK, max_new_tokens=2, do_sample=False)
+        with recorded_as_fed(model, replay) as recorded:
+            model.generate(IDS, attention_mask=MASK, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert set(rows) == {4 * WIDTH, 4} and recorded.packed.shape[:2] == (4, WIDTH + 1)
+
+
+def test_what_is_real():
+    fed = FedTokens()
+    assert torch.equal(fed.real((4, WIDTH), MASK), MASK.bool())
+    assert torch.equal(fed.real((4, 3), MASK), MASK[:, 4:].bool())  # the last chunk of a prompt
+    for mask in (None, MASK[None], MASK[:2], MASK[:, :5]):
+        assert fed.real((4, WIDTH), mask) is None
+    assert fed.real((4, 1), MASK) is None  # nobody has ended yet
+    fed.note(torch.tensor([False, True, False, False]))
+    fed.note(torch.tensor([False, False, False, True]))  # once ended, ended
+    assert fed.real((4, 1), MASK).tolist() == [[True], [False], [True], [False]]
+    assert fed.real((8, 1), None) is None
