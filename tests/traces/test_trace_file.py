@@ -104,6 +104,19 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     assert Path("exploded").exists(), "the bomb does explode where it is unpickled"
 
 
+def test_a_trace_that_says_nothing_of_padding_was_scored_with_it(tmp_path):
+    path = save_trace(make_trace(), tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(edited(content, lambda header: _without_padding(header)))
+    assert load_trace(path).facts == make_trace().facts and make_trace().facts.padding == "none"
+
+
+def _without_padding(header):
+    facts = json.loads(header["__metadata__"]["facts"])
+    del facts["padding"]
+    header["__metadata__"]["facts"] = json.dumps(facts)
+
+
 def edited(content, edit):
     """The file with another header."""
     length = int.from_bytes(content[:8], "little")

@@ -60,6 +60,41 @@ def test_the_op_gates_as_in_the_run(qwen3, traced, gap):
     assert verify_trace(other, trace).matches
 
 
+EAGER = {"attn_implementation": "eager"}
+OF_R2 = {**OLD_POLICY, "routing_replay_mode": "R2"}
+
+
+@pytest.mark.parametrize(
+    ("updates", "attention", "mode"),
+    [
+        (OLD_POLICY, {}, "all"),
+        (MICRO_BATCHES, {}, "all"),
+        ({**OLD_POLICY, "mask_truncated_completions": True}, {}, "all"),
+        (OLD_POLICY, EAGER, "experts"),
+        (OF_R2, {}, "none"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_skipped_as_in_the_run(qwen3, traced, gap, updates, attention, mode, dtype):
+    run = {"while_generating": gap["rounded"], "learning_rate": 1e-2, "max_completion_length": 12, **updates}
+    _, paths, weights = traced(qwen3(**attention).to(dtype), routing_replay_padding="auto", **run)
+    trace, other = load_trace(paths[-1]), qwen3(seed=1, **attention).to(dtype)
+    assert trace.facts.padding == mode and (trace.lengths[:, 1] < trace.lengths[:, 1].max()).any()
+    other.load_state_dict(weights[trace.facts.step])
+    found = verify_trace(other, trace)
+    assert found.matches, str(found)
+    if dtype == torch.float32 and mode == "all":  # other bits, or nothing would have been held
+        assert not verify_trace(other, replace(trace, facts=replace(trace.facts, padding="none"))).matches
+
+
+def test_a_model_that_skips_padding_otherwise_is_refused(qwen3, traced):
+    _, paths, weights = traced(qwen3(), routing_replay_padding="auto", max_steps=1)
+    trace, model = load_trace(paths[0]), qwen3()
+    text = "padding was skipped by 'experts' of the layers, in this model it is by 'all' \\(skipped\\)"
+    with pytest.raises(ValueError, match=text):
+        verify_trace(model, replace(trace, facts=replace(trace.facts, padding="experts")))
+
+
 def test_a_saved_checkpoint_is_the_model_of_its_step(qwen3, traced, tmp_path):
     run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-2}
     _, paths, _ = traced(qwen3(), **run)

@@ -1,13 +1,18 @@
 """Trainings whose layers see real tokens only: the numbers of padded ones, with fewer rows."""
 
 import copy
+import logging
 
 import pytest
 import torch
+from counted_reads import CountedReads
 from peft import LoraConfig
 from trainers.runs import CHECKPOINTING
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_r3.cli.experts import watched_experts
+from trl_r3.records.real_tokens import RealTokens
 
 RUN = {"max_steps": 3, "learning_rate": 1e-2, "max_completion_length": 12, "per_device_train_batch_size": 8}
 ON_EXPERTS = {
@@ -68,19 +73,60 @@ def test_the_numbers_are_those_of_the_padded_run(qwen3, build, gap, changes):
     assert set(log) <= ({1, None} if "mask_truncated_completions" in changes else {1})
 
 
-def test_padding_is_kept_while_traces_are_written(qwen3, build, tmp_path):
-    """A trace is replayed bit for bit, by padded forwards."""
-    from transformers import TrainerCallback
+READING = {
+    "updates and an old policy in two parts": {"num_iterations": 2, "per_device_train_batch_size": 4},
+    "recomputed": CHECKPOINTING["non_reentrant"],
+    "truncated": {"mask_truncated_completions": True},
+}
 
-    seen = []
 
-    class Why(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            seen.append(str(trainer.routing_replay.padding))
+def reads_of(build, model, padding, monkeypatch, **changes):
+    """How often each pass asked for values of the mask on the host, and of what follows from it."""
+    trainer, reads = build(model, routing_replay_padding=padding, **{**RUN, "max_steps": 2, **changes}), []
+    score = type(trainer)._get_per_token_logps_and_entropies
 
-    for folder in (None, str(tmp_path / "traces")):
-        trainer = build(
-            qwen3(), routing_replay_padding="auto", routing_replay_trace_dir=folder, callbacks=[Why()], max_steps=1
-        )
-        trainer.train()
-    assert seen == ["skipped", "None"]
+    def counted(self, model, ids, mask, *args, **kwargs):
+        with CountedReads.counted() as noted:
+            scored = score(self, model, ids, mask.as_subclass(CountedReads), *args, **kwargs)
+        reads.append(len(noted))
+        return tuple(None if each is None else each.as_subclass(torch.Tensor) for each in scored)
+
+    monkeypatch.setattr(type(trainer), "_get_per_token_logps_and_entropies", counted)
+    torch.manual_seed(0)
+    trainer.train()
+    return reads
+
+
+@pytest.mark.parametrize("changes", READING.values(), ids=READING)
+def test_skipping_padding_waits_no_more_often(qwen3, build, gap, monkeypatch, changes):
+    changes = {"while_generating": gap["scrambled"], **changes}
+    reads = {padding: reads_of(build, qwen3(), padding, monkeypatch, **changes) for padding in ("keep", "auto")}
+    assert len(reads["auto"]) == len(reads["keep"]) >= 2
+    # Transformers reads a mask to see whether it can do without
+    assert all(one <= other for one, other in zip(reads["auto"], reads["keep"], strict=True)), reads
+    monkeypatch.setattr(RealTokens, "_first_row", lambda self, mask: None)  # the wrong variant
+    assert sum(reads_of(build, qwen3(), "auto", monkeypatch, **changes)) > sum(reads["auto"])
+
+
+SAID = {
+    "sdpa": (logging.INFO, "skipped"),
+    "eager": (logging.WARNING, "skipped by experts only: its attention is 'eager', and only 'sdpa' is packed"),
+    "flash_attention_2": (
+        logging.WARNING,
+        "skipped by experts only: its attention is 'flash_attention_2', and only 'sdpa' is packed",
+    ),
+}
+
+
+@pytest.mark.parametrize("attention", SAID)
+def test_the_log_says_once_what_is_done_and_why_not_more(qwen3, build, caplog, monkeypatch, attention):
+    if attention == "flash_attention_2":  # whose kernels need a GPU: the model runs another function by its name
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            monkeypatch.setitem(registry._global_mapping, attention, registry["sdpa"])
+    model = qwen3()
+    model.config._attn_implementation = attention
+    level, text = SAID[attention]
+    with caplog.at_level(logging.INFO, "trl_r3"):
+        build(model, routing_replay_padding="auto", **RUN).train()
+    said = [(record.levelno, record.getMessage()) for record in caplog.records if record.name.startswith("trl_r3")]
+    assert said == [(level, f"in routing replay, padding is {text}")]

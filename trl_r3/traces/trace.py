@@ -47,6 +47,8 @@ class TraceFacts:
             Whether the head computes in float32 whatever the model does.
         gating (`str`):
             `"intercept"`, `"op"`, or `"auto"` for some of each.
+        padding (`str`):
+            What skipped it: `"all"` layers, their `"experts"`, or `"none"`.
         dtype, buffers, autocast, attention, experts, device, processor, matmul_precision (`str`), threads (`int`):
             What the bits of a forward depend on; the first two are dtypes of parameters and of buffers.
         versions (dict of `str` to `str`):
@@ -75,6 +77,7 @@ class TraceFacts:
     temperature: float
     float32_head: bool
     gating: str
+    padding: str
     dtype: str
     buffers: str
     autocast: str

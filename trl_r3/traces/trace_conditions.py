@@ -83,6 +83,11 @@ def gating_mode(replay: RouterReplay) -> str:
     return "auto" if len(gated) == 2 else "op" if gated == {True} else "intercept"
 
 
+def padding_mode(replay: RouterReplay) -> str:
+    """What skips padding in a forward of a model that replays."""
+    return "none" if replay.padding is None else replay.padding.mode
+
+
 def refuse_another_model(facts: TraceFacts, here: dict[str, Any]) -> None:
     """
     Refuse a model that the trace is not of, or that computes in another way.

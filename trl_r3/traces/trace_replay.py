@@ -23,7 +23,7 @@ from ..records.samples import ScoredBatch
 from ..routers.attachable import attachable
 from ..routers.router_replay import RouterReplay
 from .trace import Trace
-from .trace_conditions import conditions, differences, refuse_another_model
+from .trace_conditions import conditions, differences, padding_mode, refuse_another_model
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,16 @@ def verify_trace(model: nn.Module, trace: Trace) -> TraceCheck:
     """
     here = conditions(model)
     refuse_another_model(trace.facts, here)
-    with _as_in(model, trace), RouterReplay(model, trace.facts.gating) as replay:
+    padding = "keep" if trace.facts.padding == "none" else "auto"
+    with _as_in(model, trace), RouterReplay(model, trace.facts.gating, padding) as replay:
         if replay.layout != trace.layout:
             raise ValueError(
                 f"the trace is of {trace.layout}, this model is {replay.layout}. Pass the model of the trace."
+            )
+        if padding_mode(replay) != trace.facts.padding:
+            raise ValueError(
+                f"in the trace padding was skipped by {trace.facts.padding!r} of the layers, in this model it is by "
+                f"{padding_mode(replay)!r} ({replay.padding}). Replay it where it was made."
             )
         logprobs = torch.cat(list(_scored(model, replay, trace)))
     then = trace.train_logprobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from ..routers.passes import TrainingGuard
 from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
 from .log import ReplayLog, make_together
+
+_logger = logging.getLogger(__name__)
 
 
 class ReplayingTrainer(SamplingTrainer, Protocol):
@@ -66,6 +69,10 @@ class Attachment:
                 Whether the alarm judges the records: those that this package does not make itself.
         """
         self._attach()
+        padding = self.replay.padding
+        if padding is not None and self.trainer.accelerator.is_main_process:
+            level = logging.INFO if padding.why is None else logging.WARNING
+            _logger.log(level, "in routing replay, padding is %s", str(padding))
         self.alarm = Alarm(self.replay.layout, self.trainer.args.routing_replay_alarm, judges)
 
     def detach(self) -> None:
@@ -83,8 +90,7 @@ class Attachment:
             refuse_dense(model)
             if not only_with_weights or input_device(model) is not None:
                 args = self.trainer.args
-                # a trace is replayed by padded forwards, bit for bit
-                padding = "keep" if only_with_weights or args.routing_replay_trace_dir else args.routing_replay_padding
+                padding = "keep" if only_with_weights else args.routing_replay_padding
                 self._replay = RouterReplay(model, args.routing_replay_gating, padding)
                 self._removed = None
 

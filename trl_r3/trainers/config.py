@@ -49,7 +49,7 @@ class RoutingReplayConfigMixin:
         routing_replay_padding (`str`, *optional*, defaults to `"keep"`):
             What replay makes of padding: `"keep"` lets it go through every layer, as TRL does; `"auto"` gives layers,
             or at least their experts, real tokens only, if a forward of the model was found equal to a padded one.
-            Losses and gradients are equal up to rounding. While traces are written padding is kept.
+            Losses and gradients are equal up to rounding.
         routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
             What a record that does not fit its tokens gets, before the optimizer moves: `"error"`, `"warn"` or
             `"off"`. Records of vLLM and of a `rollout_func` are judged; those that this package makes itself are only
@@ -113,7 +113,7 @@ class RoutingReplayConfigMixin:
         metadata={
             "help": "What replay makes of padding: 'keep' lets it go through every layer, as TRL does; 'auto' gives "
             "layers, or at least their experts, real tokens only, if a forward of the model was found equal to a "
-            "padded one. Losses and gradients are equal up to rounding. While traces are written padding is kept.",
+            "padded one. Losses and gradients are equal up to rounding.",
             "choices": list(PADDINGS),
         },
     )

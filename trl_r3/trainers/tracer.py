@@ -23,7 +23,7 @@ from ..records.sampling_mask import SamplingMask
 from ..routers.router_replay import RouterReplay
 from ..traces.counted_batch import CountedBatch
 from ..traces.trace import ATTENDED, COUNTED, Trace, TraceFacts
-from ..traces.trace_conditions import autocast_dtype, conditions, gating_mode
+from ..traces.trace_conditions import autocast_dtype, conditions, gating_mode, padding_mode
 from ..traces.trace_file import save_trace
 from .log import counted_tokens, raise_together
 
@@ -226,6 +226,8 @@ class Tracer:
             temperature=float(trainer.temperature),
             float32_head=bool(getattr(trainer.args, "cast_lm_head_to_fp32", False)),
             gating=gating_mode(self.replay),
+            # the old-policy pass of R2 records, and pads
+            padding="none" if trainer.args.routing_replay_mode == "R2" else padding_mode(self.replay),
             autocast=autocast_dtype(accelerator.autocast(), accelerator.device.type),
             rows=sum(rows for rows, _ in counts),
             missing=sum(missing for _, missing in counts),
