@@ -38,6 +38,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.experimental.async_grpo import AsyncGRPOConfig, async_grpo_trainer, async_rollout_worker, packing
 from trl.experimental.async_grpo import vllm_client as async_vllm_client
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
+from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from trl.generation import vllm_client, vllm_generation
 from trl.import_utils import is_vllm_available
 from trl.models.utils import disable_gradient_checkpointing
@@ -50,6 +52,8 @@ from trl_r3.trainers.construction import _NEEDED
 PACKAGE = Path(trl_r3.__file__).parent
 TRAINERS = (trl.GRPOTrainer, GMPOTrainer, trl.RLOOTrainer)
 CONFIGS = (trl.GRPOConfig, GMPOConfig, trl.RLOOConfig)
+STUDENTS = (trl.DistillationTrainer, SDPOTrainer, IWOPDTrainer)
+STUDENT_CONFIGS = (trl.DistillationConfig, SDPOConfig, IWOPDConfig)
 CLIENT, GENERATION = vllm_client.VLLMClient, vllm_generation.VLLMGeneration
 ASYNC_TRAINER = async_grpo_trainer.AsyncGRPOTrainer
 WORKER, LOOP = async_rollout_worker.AsyncRolloutWorker, async_rollout_worker._AsyncRolloutLoop
@@ -197,6 +201,7 @@ class Seam:
     is_there: Callable[[], bool]
 
 
+LIFE = ("_prepare_for_training", "_prepare_inputs", "training_step", "prediction_step", "train")
 GENERATE = transformers.GenerationMixin.generate
 SCORES = "_get_per_token_logps_and_entropies"
 SCORE_BEGINS = ("model", "input_ids", "attention_mask", "logits_to_keep", "*", "batch_size")
@@ -212,11 +217,14 @@ SETTINGS = "torch_compile model_init_kwargs gradient_accumulation_steps steps_pe
 SETTINGS += " vllm_mode vllm_tensor_parallel_size gradient_checkpointing_kwargs per_device_train_batch_size"
 SETTINGS += " generation_kwargs"
 BATCH = "prompt_ids prompt_mask completion_ids completion_mask"
+STUDENT_STATE = "use_vllm generation_config temperature model model_wrapped accelerator state args _buffered_inputs"
+STUDENT_SETTINGS = "torch_compile model_init_kwargs gradient_accumulation_steps use_vllm vllm_mode"
+STUDENT_SETTINGS += " vllm_tensor_parallel_size per_device_train_batch_size"
 
 SEAMS = [
     *(
         Seam(
-            "trainers/mixin.py",
+            "trainers/lifecycle.py" if name in LIFE else "trainers/mixin.py",
             f"{trainer.__name__}.{name}",
             lambda t=trainer, n=name: hasattr(t, n),
         )
@@ -252,12 +260,12 @@ SEAMS = [
                 lambda t=trainer: takes(t._compute_loss, "model", "inputs", "*"),
             ),
             Seam(
-                "trainers/mixin.py",
+                "trainers/lifecycle.py",
                 f"{trainer.__name__}.log(logs, start_time)",
                 lambda t=trainer: takes(t.log, "logs", "start_time", "*"),
             ),
             Seam(
-                "trainers/mixin.py",
+                "trainers/lifecycle.py",
                 f"{trainer.__name__}._paper, _name and _tag_names",
                 lambda t=trainer: all(hasattr(t, name) for name in ("_paper", "_name", "_tag_names")),
             ),
@@ -267,7 +275,7 @@ SEAMS = [
                 lambda t=trainer: sets(t, *STATE.split()),
             ),
             Seam(
-                "trainers/mixin.py",
+                "trainers/live_comparison.py",
                 f"{trainer.__name__} scores a batch of {BATCH}",
                 lambda t=trainer: says(t._generate_and_score_completions, *BATCH.split()),
             ),
@@ -307,6 +315,83 @@ SEAMS = [
             lambda t=trainer: sets(t, "_buffered_inputs"),
         )
         for trainer in TRAINERS
+    ),
+    *(
+        Seam(
+            "engines/turns.py",
+            f"{student.__name__} sets {STUDENT_STATE}",
+            lambda t=student: sets(t, *STUDENT_STATE.split()),
+        )
+        for student in STUDENTS
+    ),
+    *(
+        Seam(
+            "trainers/construction.py",
+            f"{config.__name__} has {STUDENT_SETTINGS}",
+            lambda c=config: fields(c, *STUDENT_SETTINGS.split()),
+        )
+        for config in STUDENT_CONFIGS
+    ),
+    *(
+        Seam("trainers/mixin.py", f"DistillationTrainer.{name}", lambda n=name: hasattr(trl.DistillationTrainer, n))
+        for name in ("_generate_single_turn", "_generate_and_score_completions", "_compute_loss")
+    ),
+    Seam(
+        "trainers/mixin.py",
+        "DistillationTrainer._generate returns prompt_ids, completion_ids first",
+        lambda: returns(trl.DistillationTrainer._generate, "prompt_ids", "completion_ids"),
+    ),
+    Seam(
+        "trainers/distillation.py",
+        "DistillationTrainer._get_last_hidden_state(unwrapped_model, input_ids, attention_mask, logits_to_keep) "
+        "scores the student with a graph and its teacher under no_grad",
+        lambda: (
+            takes(
+                trl.DistillationTrainer._get_last_hidden_state,
+                "unwrapped_model",
+                "input_ids",
+                "attention_mask",
+                "logits_to_keep",
+                "*",
+            )
+            and calls(trl.DistillationTrainer._compute_loss, "_get_last_hidden_state", "no_grad")
+        ),
+    ),
+    Seam(
+        "trainers/sdpo.py",
+        "SDPOTrainer._forward_logits(model, input_ids, attention_mask, logits_to_keep) scores old policy, student, "
+        "and its teacher under no_grad",
+        lambda: (
+            takes(SDPOTrainer._forward_logits, "model", "input_ids", "attention_mask", "logits_to_keep")
+            and calls(SDPOTrainer._compute_rollout_logps, "no_grad", "_forward_logits")
+            and calls(SDPOTrainer._compute_teacher_student_logits, "_forward_logits", "no_grad")
+        ),
+    ),
+    Seam(
+        "trainers/sdpo.py",
+        "SDPOTrainer._generate(prompt_ids) returns prompts and completions, _prepare_training_batch(inputs) a batch",
+        lambda: (
+            takes(SDPOTrainer._generate, "prompt_ids")
+            and takes(SDPOTrainer._prepare_training_batch, "inputs")
+            and says(SDPOTrainer.sample_rollouts, *BATCH.split(), "old_per_token_logps")
+        ),
+    ),
+    Seam(
+        "trainers/iw_opd.py",
+        "IWOPDTrainer._generate_student_completions(slices, on_policy_indices) fills the buffer, slice by slice",
+        lambda: (
+            takes(IWOPDTrainer._generate_student_completions, "slices", "on_policy_indices")
+            and says(IWOPDTrainer._generate_with_model, "prompts", "input_ids", "attention_mask")
+            and sets(IWOPDTrainer, "lmbda")
+        ),
+    ),
+    Seam(
+        "trainers/iw_opd.py",
+        "IWOPDTrainer.compute_loss(model, inputs) calls model for the student alone",
+        lambda: (
+            inspect.getsource(IWOPDTrainer.compute_loss).count(" model(") == 1
+            and "self.teacher_model(" in inspect.getsource(IWOPDTrainer._get_teacher_logits)
+        ),
     ),
     Seam("trainers/mixin.py", "GRPOTrainer sets rollout_func", lambda: sets(trl.GRPOTrainer, "rollout_func")),
     Seam(
@@ -844,7 +929,7 @@ def test_every_private_name_is_a_seam():
 
 def test_files_use_what_they_rely_on():
     """The table names files that exist, and each of them mentions what it is said to rely on."""
-    owners = {trainer.__name__ for trainer in TRAINERS} | {config.__name__ for config in CONFIGS}
+    owners = {each.__name__ for each in (*TRAINERS, *CONFIGS, *STUDENTS, *STUDENT_CONFIGS)}
     for seam in SEAMS:
         text = (PACKAGE / seam.file).read_text(encoding="ascii")
         words = set(re.findall(r"\w{4,}", seam.what)) - owners

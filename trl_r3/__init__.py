@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from .traces.report_callback import RoutingReportCallback
     from .traces.trace_file import load_trace
     from .trainers.async_grpo import R3AsyncGRPOConfig, R3AsyncGRPOTrainer
+    from .trainers.distillation import R3DistillationConfig, R3DistillationTrainer
     from .trainers.gmpo import R3GMPOConfig, R3GMPOTrainer
     from .trainers.grpo import R3GRPOConfig, R3GRPOTrainer
+    from .trainers.iw_opd import R3IWOPDConfig, R3IWOPDTrainer
     from .trainers.rloo import R3RLOOConfig, R3RLOOTrainer
+    from .trainers.sdpo import R3SDPOConfig, R3SDPOTrainer
 
 # TRL takes seconds to import, and a model can be replayed without it
 _ROOMS = {
@@ -39,11 +42,14 @@ _ROOMS = {
     "routers.router_replay": ("RouterReplay",),
     "routers.self_check": ("UnsupportedRouterError",),
     "trainers.async_grpo": ("R3AsyncGRPOConfig", "R3AsyncGRPOTrainer"),
+    "trainers.distillation": ("R3DistillationConfig", "R3DistillationTrainer"),
     "trainers.gmpo": ("R3GMPOConfig", "R3GMPOTrainer"),
     "trainers.grpo": ("R3GRPOConfig", "R3GRPOTrainer"),
     "records.metrics": ("changed_router_frac", "changed_token_frac", "extreme_token_frac", "k3_kl"),
     "traces.report_callback": ("RoutingReportCallback",),
+    "trainers.iw_opd": ("R3IWOPDConfig", "R3IWOPDTrainer"),
     "trainers.rloo": ("R3RLOOConfig", "R3RLOOTrainer"),
+    "trainers.sdpo": ("R3SDPOConfig", "R3SDPOTrainer"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -52,12 +58,18 @@ __all__ = [
     "MisalignedRecordError",
     "R3AsyncGRPOConfig",
     "R3AsyncGRPOTrainer",
+    "R3DistillationConfig",
+    "R3DistillationTrainer",
     "R3GMPOConfig",
     "R3GMPOTrainer",
     "R3GRPOConfig",
     "R3GRPOTrainer",
+    "R3IWOPDConfig",
+    "R3IWOPDTrainer",
     "R3RLOOConfig",
     "R3RLOOTrainer",
+    "R3SDPOConfig",
+    "R3SDPOTrainer",
     "RouterReplay",
     "RoutingLayout",
     "RoutingReportCallback",

@@ -21,12 +21,17 @@ def installed(monkeypatch):
 
 
 @pytest.fixture
-def server_trainer(installed, monkeypatch, tmp_path):
-    """A trainer that rolls out on a server; weights go nowhere."""
+def weightless(installed, monkeypatch):
+    """Trainers may roll out on a server; weights go nowhere."""
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *args, **kwargs: True)
     monkeypatch.setattr(construction, "is_vllm_available", lambda *args, **kwargs: True)
     for name in ("init_communicator", "close_communicator", "update_named_params"):
         monkeypatch.setattr(vllm_client.VLLMClient, name, lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def server_trainer(weightless, tmp_path):
+    """A trainer that rolls out on a server."""
 
     def make(fake, **settings):
         prompts = Dataset.from_dict({"prompt": ["t30 t31 t32", "t40", "t50 t51 t52 t53", "t60 t61"]})

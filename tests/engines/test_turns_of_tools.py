@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import environments
 from engines.script import SAID, again, big, deep, ids_of, look, scripted
 from engines.tiny_chat import TOOLS, VOCAB, WatchedGRPO, conversations, make_trainer
 from engines.watch import Watched, WatchedTurn, assert_nothing_missing, assert_replayed, wrong_rows
@@ -41,10 +42,10 @@ def expected_rows(trainer: Watched) -> dict[int, list]:
     return expected
 
 
-def make(tmp_path, **settings) -> Watched:
+def make(tmp_path, data=None, **settings) -> Watched:
     defaults = {"generation_kwargs": scripted(), "max_completion_length": MAX_COMPLETION}
     defaults |= {"per_device_train_batch_size": 2 * len(SAID), "num_generations": 2}
-    return make_trainer(tmp_path, conversations(list(SAID)), **{**defaults, **settings})
+    return make_trainer(tmp_path, data or conversations(list(SAID)), **{**defaults, **settings})
 
 
 def check_conversations(trainer: Watched) -> None:
@@ -147,6 +148,21 @@ def test_environments(tmp_path):
     trainer = make(tmp_path, environment_factory=Sky)
     trainer.train()
     assert Sky.resets >= 20
+    check_conversations(trainer)
+    assert_replayed(trainer, expected_rows(trainer))
+    assert_nothing_missing(trainer, steps=2)
+
+
+@pytest.mark.parametrize("make_spec", [environments.harbor, environments.openreward])
+def test_environments_of_trl(tmp_path, make_spec):
+    spec = make_spec(tmp_path / "suite", list(SAID))
+    trainer = make(
+        tmp_path,
+        spec.train_dataset,
+        environment_factory=spec.environment_factory,
+        reward_funcs=spec.reward_funcs,
+    )
+    trainer.train()
     check_conversations(trainer)
     assert_replayed(trainer, expected_rows(trainer))
     assert_nothing_missing(trainer, steps=2)

@@ -6,7 +6,7 @@ import torch
 from trainers.watching import EOS, PAD
 
 from trl_r3 import load_trace, stitch
-from trl_r3.trainers import mixin, session
+from trl_r3.trainers import lifecycle, session
 
 LONG = {
     "per_device_train_batch_size": 8,
@@ -51,7 +51,7 @@ def test_agreement_is_that_of_right_records(qwen3, build, changes, rollout_func,
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 2}], ids=["update first", "old policy first"])
 def test_the_rows_that_were_cut_would_be_judged_wrong(qwen3, build, monkeypatch, changes):
-    for module in (mixin, session):
+    for module in (lifecycle, session):
         monkeypatch.setattr(module, "note_rows_that_matter", lambda samples, mask: None)
     trainer = build(qwen3(), **LONG, **changes)
     trainer.train()

@@ -51,7 +51,8 @@ def check_parent(trainer: type, mixin: type) -> None:
     raise TypeError(
         f"{trainer.__name__} cannot replay: its parent {names[0] if names else parents[0].__name__} has no "
         f"{', '.join(lacking)}, through which routing replay reaches rollouts and losses. Use R3GRPOTrainer, "
-        "R3GMPOTrainer or R3RLOOTrainer, or derive from a trainer that rolls out and scores as TRL's GRPOTrainer does."
+        "R3GMPOTrainer or R3RLOOTrainer, for distillation R3DistillationTrainer, R3SDPOTrainer or R3IWOPDTrainer, or "
+        "derive from a trainer that rolls out and scores as TRL's GRPOTrainer does."
     )
 
 
@@ -147,8 +148,9 @@ def check_generation(trainer: Any, routes: bool) -> None:
     Raises:
         `ValueError`: Naming the setting.
     """
-    if trainer.continuous_batching_config is not None:
-        recordable_config(trainer.continuous_batching_config)
+    batching = getattr(trainer, "continuous_batching_config", None)  # which students have not
+    if batching is not None:
+        recordable_config(batching)
         _warn_of_cast(trainer)
     elif routes and not trainer.use_vllm:
         check_decoding(trainer.model, {"generation_config": trainer.generation_config})

@@ -127,7 +127,7 @@ def warn_of_truncation(trainer: Any) -> None:
         f"vocabulary{effect}. Set `use_sampling_mask_replay=True` to train over the tokens that were kept, or "
         "`top_p=1.0`, `top_k=0` and `min_p=None`.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a trainer of the GRPO family remembers while it replays, and how a pass over its rollout is scored.
+"""What a trainer remembers while it replays, and how a pass over its rollout is scored.
 
 Legend: B batch, T tokens of a padded sequence, C completion tokens.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._compat import adapters_are_off
-from ..alarm.evidence import Verdict
 from ..engines.continuous_batching import recorded_batches
 from ..engines.generate import recorded_generate
 from ..engines.known_routes import KnownRoutes
@@ -26,42 +24,13 @@ from ..masks.masked_batch import MaskedBatch
 from ..masks.restricted_head import restricted_head
 from ..records.record import slice_samples
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
-from .attaching import Attachment, ReplayingTrainer
+from .attaching import Attachment
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
 from .rollout import KeptRollouts, Rollout, Turns, note_rows_that_matter
+from .scoring import Scores, Scoring, ScoringTrainer
 from .tracer import Tracer
 
-Scores = tuple[Tensor, Tensor | None]  # (B, C) log-probabilities and entropies
-
-
-class ScoringTrainer(ReplayingTrainer, Protocol):
-    """What a session asks of a trainer, beside what attaching does."""
-
-    ref_model: Any
-    top_p: float
-    top_k: int
-    min_p: float | None
-
-
-@dataclass
-class Scoring:
-    """What the passes inside one call of TRL score."""
-
-    samples: list[Sample] = field(default_factory=list)  # once there are completions
-    batch: dict[str, Any] | None = None  # of an update; without it: the passes over a fresh rollout
-    goes_live: bool = False  # whether routing is live on purpose, to compare with
-    old_logprobs: Tensor | None = None  # (B, C), if there is an old-policy pass
-    verdict: Verdict | None = None  # what live routing said of the records
-
-    @property
-    def is_update(self) -> bool:
-        """Whether a loss is computed."""
-        return self.batch is not None
-
-    @property
-    def has_old_policy(self) -> bool:
-        """Whether TRL has scored the old policy for the batch of this update."""
-        return self.batch is not None and not self.batch.keys().isdisjoint(("old_per_token_logps", "old_logps"))
+Scored = TypeVar("Scored")  # what a forward of TRL returns
 
 
 class ReplaySession:
@@ -143,9 +112,10 @@ class ReplaySession:
         trainer, replay = self.trainer, self.attachment.replay if self.captures else None
         if trainer.use_vllm:
             layout = None if replay is None else replay.layout
-            by_vllm = recorded_server if trainer.vllm_mode == "server" else recorded_llm
+            by_vllm = recorded_server if trainer.args.vllm_mode == "server" else recorded_llm
             return by_vllm(trainer, layout, self.masks, self.turns.known)
-        by_model = recorded_batches if trainer.use_transformers_continuous_batching else recorded_generate
+        batches = getattr(trainer.args, "use_transformers_continuous_batching", False)  # which students have not
+        by_model = recorded_batches if batches else recorded_generate
         return by_model(trainer, replay, self.masks)
 
     def end_rollout(self, prompt_ids: Prompts, completion_ids: Prompts, own: dict[str, Any] | None) -> None:
@@ -218,20 +188,45 @@ class ReplaySession:
         if self.masks:
             head = restricted_head(model, MaskedBatch(scoring.samples, checked.prompt_width, checked))
         with head:
-            if not replays:
-                result = score()
-            elif self.captures or scoring.is_update:
-                result = self._replay(scoring, checked, score)
-            else:
-                result = self._record(scoring, checked, score)
+            result = self._route(scoring, checked, score) if replays else score()
         if is_policy and not scoring.is_update:
             scoring.old_logprobs = result[0]
         elif scoring.batch is not None and not scoring.has_old_policy and self._is_fresh(scoring.samples):
             self.log_mismatch(scoring.batch, scoring.samples, result[0].detach())
         return result
 
-    def _replay(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scores]) -> Scores:
-        """A pass of the policy through the recorded experts."""
+    def follow(
+        self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, forward: Callable[[], Scored]
+    ) -> Scored:
+        """
+        Run one forward of a student over the samples that are scored.
+
+        Its teacher may be the same module, so the pass tells, not the module: what builds no graph in an update is
+        the teacher's, and routes live.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(B, T)`), logits_to_keep (`int`):
+                The batch, and C.
+            forward (`Callable`):
+                TRL's own forward.
+
+        Returns:
+            What `forward` returned.
+        """
+        scoring = self.scoring
+        if scoring is None or (scoring.is_update and not torch.is_grad_enabled()):
+            return forward()
+        checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep)
+        if not scoring.is_update:
+            note_rows_that_matter(scoring.samples, attention_mask[:, checked.prompt_width :])
+        return self._route(scoring, checked, forward)
+
+    def _route(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scored]) -> Scored:
+        """A pass of the policy: through the recorded experts, or R2's, whose updates replay its own."""
+        runs = self._replay if self.captures or scoring.is_update else self._record
+        return runs(scoring, checked, score)
+
+    def _replay(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scored]) -> Scored:
         replay, alarm = self.attachment.replay, self.attachment.alarm
         assert alarm is not None  # attached
         judged = self.captures and scoring.has_old_policy
@@ -250,6 +245,7 @@ class ReplaySession:
         if at_rollout and scoring.is_update:
             raise_together(self.trainer.accelerator, alarm.judge())
         if self.tracer is not None:
+            assert isinstance(result, tuple)  # of a trainer that writes traces
             self.tracer.scored(source, stats, result[0], scoring.verdict)
         return result
 
@@ -257,8 +253,7 @@ class ReplaySession:
         """Whether no update has happened since any of them was sampled."""
         return all(sample.step == self.trainer.state.global_step for sample in samples)
 
-    def _record(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scores]) -> Scores:
-        """The old-policy pass of R2, whose own selection is what its updates replay."""
+    def _record(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scored]) -> Scored:
         with self.attachment.replay.record() as recorded:
             result = score()
         routes, samples = torch.cat(recorded.forwards).cpu(), scoring.samples

@@ -1,0 +1,228 @@
+"""A trainer of TRL that replays, from construction to the end of training, whichever way it rolls out and scores."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from .._compat import buffered_inputs
+from ..engines.weight_sync import keep_base
+from ..records.samples import Sample
+from ..routers.passes import TrainingGuard
+from ..routers.router_replay import RouterReplay
+from .checkpoints import whole_checkpoint
+from .construction import check_generation, check_setup, check_shards, config_from, recording_engine, warn_if_off
+from .log import counted_tokens, raise_together
+from .rollout import note_rows_that_matter
+from .scoring import Scoring
+from .session import ReplaySession
+
+_Trainer: Any = object  # one of TRL's, which have no annotated base in common
+
+
+class ReplayLifecycle(_Trainer):
+    """
+    What replay needs of any trainer that rolls out: it is attached while the trainer trains, and each step is watched.
+
+    A subclass overrides the methods in which its trainer rolls out ([`ReplayLifecycle._recording_rollout`]), updates
+    ([`ReplayLifecycle._replaying_update`]) and scores.
+    """
+
+    model: Any  # the policy, which TRL's trainers set
+
+    kept_rollouts: int = 0
+    """Earlier batches whose samples can still be trained on, for a subclass with a replay buffer: their records stay
+    in memory, or in files, until so many batches have been rolled out after them."""
+
+    _r3: ReplaySession | None = None  # where nothing is replayed the trainer is TRL's
+
+    _paper = {
+        "title": "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers",
+        "id": "2510.11370",
+        "citation": textwrap.dedent("""\
+            @article{ma2025stabilizing,
+                title        = {{Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers}},
+                author       = {Wenhan Ma and Hailin Zhang and Liang Zhao and Yifan Song and Yudong Wang and
+                                Zhifang Sui and Fuli Luo},
+                year         = 2025,
+                eprint       = {arXiv:2510.11370},
+            }"""),
+    }
+
+    def __init__(self, *args, **kwargs):
+        self._check_parent()
+        config = config_from(args, kwargs)
+        routes = bool(getattr(config, "use_routing_replay", False))
+        masks = bool(getattr(config, "use_sampling_mask_replay", False))
+        check_setup(config, kwargs.get("model", args[0] if args else None), routes, masks)
+        with recording_engine(config, routes, masks):
+            super().__init__(*args, **kwargs)
+        if self.use_vllm:
+            keep_base(self.vllm_generation)
+        if not masks:
+            self._warn_of_sampling()
+        if not routes and not masks:
+            warn_if_off(type(self), config)
+            return
+        check_generation(self, routes)
+        session = ReplaySession(self, routes, masks, self.kept_rollouts)
+        if routes:
+            check_shards(self.accelerator)
+            session.attachment.try_on()
+        self._r3 = session
+
+    @property
+    def routing_replay(self) -> RouterReplay:
+        """
+        The handle on the policy, while it trains. Before and after `train()` it is one that was removed: it says which
+        routers there are (`layout`) and replays nothing.
+        """
+        if self._r3 is None or not self._r3.routes:
+            raise RuntimeError("this trainer does not replay routes. Set `use_routing_replay=True`.")
+        return self._r3.attachment.handle
+
+    @property
+    def rollout_samples(self) -> list[Sample]:
+        """The samples of the batch that is trained on, each with its tokens, record and sampling mask."""
+        return [] if self._r3 is None else self._r3.rollouts.samples
+
+    @contextmanager
+    def live_routing(self) -> Iterator[None]:
+        """
+        Let forwards of a training step go live on purpose, which is an error elsewhere. Their rows are logged as not
+        replayed.
+
+        Example:
+
+        ```python
+        >>> with trainer.live_routing():
+        ...     auxiliary = model(input_ids=other_ids).logits
+        ```
+        """
+        guard = self.routing_replay.guard or TrainingGuard()
+        assert self._r3 is not None  # it has the handle
+        with self._r3.scores(None), guard.live_on_purpose():
+            yield
+
+    def train(self, *args, **kwargs):
+        """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._r3 is not None:
+                self._r3.end()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        """Of Transformers, which restores no experts of a full fine-tune."""
+        with whole_checkpoint(self, lambda: resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self):
+        """Of Transformers, likewise."""
+        with whole_checkpoint(self, lambda: str(self.state.best_model_checkpoint)):
+            return super()._load_best_model()
+
+    def _prepare_for_training(self, *args, **kwargs):
+        """Of Transformers, when weights are sharded and kernels replaced: here the routers are as they will train."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._r3 is not None and self._r3.routes:
+            self._r3.attach()
+        return prepared
+
+    def training_step(self, *args, **kwargs):
+        """`training_step` of TRL: each of its forwards that builds a graph replays, and one of them at least."""
+        if self._r3 is None:
+            return super().training_step(*args, **kwargs)
+        with ExitStack() as stack:
+            if self._r3.routes:
+                stack.enter_context(self._r3.attachment.training_step(self._r3.log))
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # of all processes
+            self._r3.log.meet()
+        return loss
+
+    def prediction_step(self, *args, **kwargs):
+        """`prediction_step` of TRL: evaluation routes live."""
+        if self._r3 is None:
+            return super().prediction_step(*args, **kwargs)
+        with self._r3.evaluating():
+            return super().prediction_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`log` of TRL, with the shares that have come together."""
+        if self._r3 is not None and not any(name.startswith("eval_") for name in logs):
+            logs.update(self._r3.log.collect())  # type: ignore[arg-type]
+        super().log(logs, start_time)
+
+    def _prepare_inputs(self, generation_batch):
+        """Of TRL, which rolls out once for the updates that follow; a subclass may do so until it has enough."""
+        if self._r3 is None or self._r3.evaluates:
+            return super()._prepare_inputs(generation_batch)
+        with self._r3.rollouts.one_batch():
+            inputs = super()._prepare_inputs(generation_batch)
+        self._r3.rollouts.keep_only(buffered_inputs(self))
+        return inputs
+
+    def _check_parent(self) -> None:
+        """Refuse a class whose parent would call nothing of this one."""
+
+    def _warn_of_sampling(self) -> None:
+        """Say what of the sampling settings does not fit the loss, where that depends on them."""
+
+    def _recording_rollout(self, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], Scoring]:
+        """
+        Let a trainer make a rollout and score it, and name its samples in the batch.
+
+        Args:
+            make (`Callable`):
+                Returns the batch of TRL.
+
+        Returns:
+            `tuple[dict, Scoring]`: The batch, and what the passes over it scored.
+        """
+        r3 = self._r3
+        assert r3 is not None  # or nothing is replayed
+        r3.rollouts.begin()
+        scoring = Scoring()
+        with ExitStack() as stack:
+            stack.enter_context(r3.scores(scoring))
+            if r3.routes:  # reward functions may do what they like with the policy: this is no update
+                stack.enter_context(r3.attachment.replay.guarded(None))
+            output = make()
+        rollout = r3.rollout
+        assert rollout is not None  # it has been generated
+        output["rollout_samples"] = rollout.identities(output["completion_ids"].device)
+        note_rows_that_matter(rollout.samples, counted_tokens(output))
+        self._check_rollout()
+        return output, scoring
+
+    def _check_rollout(self) -> None:
+        """Refuse a rollout that lacks records, or whose records belong elsewhere, on all processes at once."""
+        r3 = self._r3
+        if r3 is None or not r3.routes or r3.rollout is None:
+            return
+        error: Exception | None = None
+        if r3.captures:
+            layout = r3.attachment.replay.layout
+            error = r3.rollout.refuse_missing(layout, self.args.routing_replay_max_missing)
+        if error is None and r3.attachment.alarm is not None:
+            error = r3.attachment.alarm.judge()
+        raise_together(self.accelerator, error)
+
+    @contextmanager
+    def _replaying_update(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Let the passes inside be those of an update on a batch of TRL."""
+        r3 = self._r3
+        assert r3 is not None  # or nothing is replayed
+        if "rollout_samples" not in inputs:
+            raise RuntimeError(
+                f"the batch of an update has no `rollout_samples` among {sorted(inputs)}, so what was recorded of its "
+                "samples is unknown. Keep this tensor with the others, and index it as they are indexed."
+            )
+        if r3.rollout is None:
+            raise RuntimeError("an update came before any rollout, so there is no record to replay.")
+        samples = r3.rollouts.get_samples(inputs["rollout_samples"].tolist())
+        with r3.scores(Scoring(samples, inputs)):
+            yield
