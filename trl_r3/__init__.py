@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .engines.vllm_colocate import decode_vllm_output
     from .gating import GatingOutput, RowStatus, masked_topk_gating
     from .records.checks import MisalignedRecordError
+    from .records.expert_load import ExpertLoad
     from .records.metrics import changed_router_frac, changed_token_frac, extreme_token_frac, k3_kl
     from .records.record import RoutingLayout
     from .records.sampling_mask import SamplingMask
@@ -36,6 +37,7 @@ _ROOMS = {
     "engines.turns": ("Turn", "stitch"),
     "gating": ("GatingOutput", "RowStatus", "masked_topk_gating"),
     "records.checks": ("MisalignedRecordError",),
+    "records.expert_load": ("ExpertLoad",),
     "records.record": ("RoutingLayout",),
     "records.sampling_mask": ("SamplingMask",),
     "traces.trace_file": ("load_trace",),
@@ -54,6 +56,7 @@ _ROOMS = {
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "ExpertLoad",
     "GatingOutput",
     "MisalignedRecordError",
     "R3AsyncGRPOConfig",

@@ -22,7 +22,7 @@ from trl_r3.records.metrics import SHARES
 from trl_r3.traces.trace import Trace
 from trl_r3.traces.trace_file import save_trace
 
-NAMES = ["changed_routers", "expert_load", "delta_logprob", "mismatch", "agreement", "missing_rows"]
+NAMES = ["changed_routers", "expert_load", "load_over_steps", "delta_logprob", "mismatch", "agreement", "missing_rows"]
 
 
 def a_trace(step, rank=0, **changes):
@@ -113,9 +113,20 @@ def test_a_run_without_traces_names_them(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "routing_report" / "report.html").read_text()
     names = [path.stem for path in (tmp_path / "routing_report").glob("*.png")]
-    assert sorted(names) == sorted(set(NAMES) - {"expert_load", "delta_logprob"})
+    assert sorted(names) == sorted(set(NAMES) - {"expert_load", "load_over_steps", "delta_logprob"})
     assert "There are no traces" in page and "routing_replay_trace_dir" in page
     assert "Not drawn: There are no traces" in capsys.readouterr().out
+
+
+def test_the_load_of_a_log_alone_is_drawn(tmp_path):
+    layers = {f"routing_replay/load/layer_{layer}/busiest": 1.0 + layer for layer in (0, 2, 3)}
+    entries = [{"step": step, "routing_replay/missing_frac": 0.0, **layers} for step in (2, 4)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    data = gather(tmp_path)
+    assert data.busiest() == ([0, 2, 3], {2: [1.0, 3.0, 4.0], 4: [1.0, 3.0, 4.0]})
+    (picture,) = [each for each in pictures(data) if each.name == "load_over_steps"]
+    (image,) = picture.figure.axes[0].images
+    assert image.get_array().tolist() == [[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]
 
 
 def test_traces_without_a_log_or_live_routing_name_them(tmp_path):

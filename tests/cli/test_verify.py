@@ -87,7 +87,8 @@ def k3(report, which):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_right_rollout_passes(loaded, precision):
-    report = report_of(loaded, rollout_of(engine_of(loaded.model, precision)))
+    rollout = rollout_of(engine_of(loaded.model, precision))
+    report = report_of(loaded, rollout)
     assert wrong(report) == {} and report.passed
     assert by_name(report)["gradients with checkpointing"].status == "right"
     assert by_name(report)["rows"].seen == f"{ROWS} expected: {ROWS} present, 0 missing, 0 invalid"
@@ -96,6 +97,15 @@ def test_a_right_rollout_passes(loaded, precision):
     assert k3(report, "replayed") < k3(report, "live")
     assert [layer.layer for layer in report.layers] == [1, 2, 3]
     assert all(layer.other_ids == 0 and layer.agreement > 0.5 for layer in report.layers)
+    experts = loaded.model.config.num_experts
+    for slot, layer in enumerate(report.layers):
+        ids = torch.cat([torch.as_tensor(rows)[:, slot].flatten().long() for rows in rollout.routes])
+        load = torch.tensor([int((ids == expert).sum()) for expert in range(experts)])
+        assert (layer.busiest, layer.dead) == (
+            pytest.approx(load.max() / load.double().mean()),
+            int((load == 0).sum()),
+        )
+        assert 0 < layer.entropy < 1
 
 
 @contextmanager
@@ -339,7 +349,7 @@ def test_the_command_prints_a_table(folder, capsys, monkeypatch):
     assert cli.main(["verify", str(folder)]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "rows: all-zero capture" in printed and "What to do: use vLLM 0.28" in printed
-    assert "Something is wrong" in printed
+    assert "Something is wrong" in printed and "busiest" in printed
 
 
 def test_an_adapter(folder, tmp_path, capsys):

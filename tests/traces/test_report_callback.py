@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from trl_r3 import RoutingReportCallback
-from trl_r3.traces.report_callback import TAG
+from trl_r3.traces.report_callback import TAG, TAG_OF_LOAD
 
 
 @pytest.fixture
@@ -42,9 +42,10 @@ def test_tensorboard(report, tmp_path):
     report("tensorboard")
     events = EventAccumulator(str(tmp_path / "out" / "runs" / "routing_replay"), size_guidance={"images": 0})
     events.Reload()
-    images = events.Images(TAG)
-    assert [image.step for image in images] == [2, 3]
-    assert is_a_heat_map(np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)).convert("RGB")))
+    for tag in (TAG, TAG_OF_LOAD):
+        images = events.Images(tag)
+        assert [image.step for image in images] == [2, 3]
+        assert is_a_heat_map(np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)).convert("RGB")))
 
 
 def test_wandb(report, tmp_path, monkeypatch):
@@ -53,7 +54,7 @@ def test_wandb(report, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     report("wandb")
     pngs = sorted(tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png"))
-    assert len(pngs) == 2
+    assert len(pngs) == 4
     assert is_a_heat_map(np.asarray(Image.open(pngs[-1]).convert("RGB")))
 
 
@@ -67,7 +68,7 @@ def test_trackio(report, tmp_path, monkeypatch):
                 monkeypatch.setattr(module, name, tmp_path / folder)
     report("trackio", trackio_space_id=None, project="test")
     pngs = sorted((tmp_path / "trackio").rglob("*.png"))
-    assert len(pngs) == 2
+    assert len(pngs) == 4
     assert is_a_heat_map(np.asarray(Image.open(pngs[-1]).convert("RGB")))
 
 
@@ -76,7 +77,14 @@ def test_an_image_shows_every_step_so_far(report, monkeypatch, tmp_path):
     from trl_r3.traces import report_callback
 
     drawn = []
-    monkeypatch.setitem(report_callback._TRACKERS, "nowhere", lambda args, image, step: drawn.append((step, image)))
+
+    def note(args, tag, image, step):
+        if tag == TAG:
+            drawn.append((step, image))
+        else:
+            assert tag == TAG_OF_LOAD and is_a_heat_map(image)
+
+    monkeypatch.setitem(report_callback._TRACKERS, "nowhere", note)
     callback = RoutingReportCallback(every=2)
     args = type("Args", (), {"routing_replay_trace_dir": str(tmp_path / "traces"), "report_to": ["nowhere"]})
     report("none")
@@ -88,7 +96,7 @@ def test_an_image_shows_every_step_so_far(report, monkeypatch, tmp_path):
     assert all(is_a_heat_map(image) for _, image in drawn)
     assert not np.array_equal(drawn[0][1], drawn[1][1])
     (tmp_path / "traces" / "step-00000001-rank-00001.safetensors").write_bytes(b"damaged")
-    with pytest.warns(RuntimeWarning, match="left out of the picture of changed routers: .* cannot be read"):
+    with pytest.warns(RuntimeWarning, match="left out of the pictures of routers: .* cannot be read"):
         callback.on_step_end(args, state, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,6 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+AGES = (0, 1, 2, 4, 8)  # updates since a rollout, each up to the next
+
+
+def agreement_at(age: int) -> str:
+    """Name under which the agreement of records from an age on is logged."""
+    return f"routing_replay/load/agreement_at_{age}"
+
+
 # Names under which shares are logged.
 SHARES = (
     "routing_replay/replayed_frac",
@@ -25,6 +33,7 @@ SHARES = (
     "sampling/extreme_token_frac",
     "sampling/live/k3_kl",
     "sampling/live/extreme_token_frac",
+    *map(agreement_at, AGES),
 )
 # Those of asynchronous training alone.
 ASYNC_SHARES = (

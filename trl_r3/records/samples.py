@@ -5,7 +5,7 @@ Legend: B batch, T tokens of a sequence (P prompt + C completion), L MoE layers,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._compat import edits
 from .checks import MisalignedRecordError
+from .metrics import expert_load
 from .real_tokens import RealTokens
 from .record import RoutingLayout, align, lay_out, missing_rows
 from .sampling_mask import SamplingMask
@@ -45,6 +46,12 @@ class Observation:
     recorded: Tensor
     before: Tensor
     after: Tensor
+
+    def of(self, numbers: Iterable[int]) -> Observation:
+        """The rows of some samples, told by their numbers."""
+        rows = torch.isin(self.sample, torch.tensor(list(numbers)))
+        parts = (self.sample, self.live, self.recorded, self.before, self.after)
+        return Observation(*(part[rows] for part in parts))
 
 
 @dataclass
@@ -89,6 +96,12 @@ class Sample:
         """Number of rows that the loss depends on, and how many of these have no record."""
         rows = self.record.numpy()[: self.rows_that_matter]
         return rows.shape[0], int(np.count_nonzero(rows[:, 0, 0] == layout.missing))
+
+    def expert_load(self, layout: RoutingLayout) -> Tensor:
+        """(L, E): how often each expert is selected in the rows that the loss depends on."""
+        rows = self.record[: self.rows_that_matter]
+        missing = missing_rows(rows, layout)
+        return expert_load(rows[~missing] if missing.any() else rows, layout.num_experts)  # a copy takes as long
 
     def observed_rows(self, layout: RoutingLayout) -> Tensor:
         """

@@ -1,4 +1,4 @@
-"""The picture that tells most about a run: which layers route otherwise than the rollout did, step by step.
+"""Pictures by layer over steps: where routing is no longer that of the rollout, and where one expert takes the tokens.
 
 Legend: S steps, L MoE layers.
 """
@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+HEALTHY_LOAD = 4.0  # a rule of thumb: times the even share
 HEALTHY_CHANGED = 0.2  # the R3 paper saw 0.1 of the routers change (arXiv 2510.11370, a rollout in bfloat16)
 
 
@@ -38,16 +39,35 @@ def draw_changed_routers(axes: Axes, steps: Sequence[int], layers: Sequence[int]
         changed_LS (`numpy.ndarray` of shape `(L, S)`):
             Share of (token, layer) pairs whose live selection differs from the recorded one.
     """
-    top = max(1.25 * HEALTHY_CHANGED, float(np.nanmax(changed_LS, initial=0.0)))
+    _draw(axes, steps, layers, changed_LS, 0.0, HEALTHY_CHANGED, "share of changed routers")
+
+
+def draw_busiest_experts(axes: Axes, steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray) -> None:
+    """
+    Draw the load of the busiest expert by layer over steps, likewise.
+
+    Args:
+        axes, steps, layers:
+            As in [`draw_changed_routers`].
+        busiest_LS (`numpy.ndarray` of shape `(L, S)`):
+            Its load over the mean of its layer.
+    """
+    _draw(axes, steps, layers, busiest_LS, 1.0, HEALTHY_LOAD, "busiest expert, times the even share")
+
+
+def _draw(
+    axes: Axes, steps: Sequence[int], layers: Sequence[int], values_LS: np.ndarray, low: float, edge: float, label: str
+) -> None:
+    top = max(1.25 * edge, float(np.nanmax(values_LS, initial=0.0)))
     image = axes.imshow(
-        changed_LS, aspect="auto", origin="lower", interpolation="nearest", cmap="magma_r", vmin=0, vmax=top
+        values_LS, aspect="auto", origin="lower", interpolation="nearest", cmap="magma_r", vmin=low, vmax=top
     )
     axes.set(xlabel="step", ylabel="decoder layer")
     for axis, names in ((axes.xaxis, steps), (axes.yaxis, layers)):
         axis.set_major_locator(MaxNLocator(min(len(names), 12), integer=True))
         axis.set_major_formatter(partial(_name_at, names))
-    bar = axes.figure.colorbar(image, ax=axes, label="share of changed routers\n(healthy: below the green line)")
-    bar.ax.axhline(HEALTHY_CHANGED, color="tab:green", linewidth=4)
+    bar = axes.figure.colorbar(image, ax=axes, label=f"{label}\n(healthy: below the green line)")
+    bar.ax.axhline(edge, color="tab:green", linewidth=4)
 
 
 def _name_at(names: Sequence[int], at: float, _: int | None) -> str:
@@ -56,8 +76,20 @@ def _name_at(names: Sequence[int], at: float, _: int | None) -> str:
 
 def changed_routers(steps: Sequence[int], layers: Sequence[int], changed_LS: np.ndarray) -> Figure:
     """The heat map alone; arguments as in [`draw_changed_routers`]."""
-    figure = new_figure(8, min(3 + 0.1 * len(layers), 8))
-    axes = figure.subplots()
-    axes.set_title("changed routers")
+    figure, axes = _figure_of(layers, "changed routers")
     draw_changed_routers(axes, steps, layers, changed_LS)
     return figure
+
+
+def busiest_experts(steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray) -> Figure:
+    """The heat map alone; arguments as in [`draw_busiest_experts`]."""
+    figure, axes = _figure_of(layers, "load of the busiest expert")
+    draw_busiest_experts(axes, steps, layers, busiest_LS)
+    return figure
+
+
+def _figure_of(layers: Sequence[int], title: str) -> tuple[Figure, Axes]:
+    figure = new_figure(8, min(3 + 0.1 * len(layers), 8))
+    axes = figure.subplots()
+    axes.set_title(title)
+    return figure, axes

@@ -1,6 +1,6 @@
-"""The heat map of changed routers, among the curves of a run while it trains.
+"""The heat maps of changed routers and of the load, among the curves of a run while it trains.
 
-Legend: S steps, L MoE layers.
+Legend: S steps, L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -10,27 +10,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
-from .heat_map import changed_routers
+from ..records.expert_load import ExpertLoad
+from .heat_map import busiest_experts, changed_routers
 from .trace_file import find_traces, load_trace
 
 TAG = "routing_replay/changed_routers_by_layer"
+TAG_OF_LOAD = "routing_replay/load/busiest_by_layer"
 
 
-class ChangedRouters(NamedTuple):
+class TraceCounts(NamedTuple):
     """What is kept of a trace: counts, and nothing of its rollout."""
 
     step: int
     layers: list[int]
     changed: np.ndarray  # (L,)
     compared_rows: int
+    load: np.ndarray  # (L, E) of the record
 
 
 class RoutingReportCallback(TrainerCallback):
     """
-    Logs changed routers by layer over steps as an image, to those of TensorBoard, W&B and trackio that `report_to`
-    names. It reads the traces of the run, so `routing_replay_trace_dir` has to be set.
+    Logs changed routers and the load of the busiest expert, by layer over steps, as images, to those of TensorBoard,
+    W&B and trackio that `report_to` names. It reads the traces of the run, so it needs `routing_replay_trace_dir`.
 
     Args:
         every (`int`, *optional*, defaults to `50`):
@@ -52,7 +57,7 @@ class RoutingReportCallback(TrainerCallback):
         if every < 1:
             raise ValueError(f"`every` is {every}, but it counts steps, from 1 on. Pass a positive number.")
         self.every = every
-        self._read: dict[Path, ChangedRouters | None] = {}
+        self._read: dict[Path, TraceCounts | None] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Refuse a run that writes no traces."""
@@ -68,65 +73,76 @@ class RoutingReportCallback(TrainerCallback):
         self._read = {}
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Log the image, where it is due."""
+        """Log the images, where they are due."""
         step = state.global_step
         if state.is_world_process_zero and (step % self.every == 0 or step == state.max_steps):
-            image = self._image(Path(args.routing_replay_trace_dir), step)
-            if image is not None:
+            for tag, image in self._images(Path(args.routing_replay_trace_dir), step).items():
                 for tracker in args.report_to:
                     if tracker in _TRACKERS:
-                        _TRACKERS[tracker](args, image, step)
+                        _TRACKERS[tracker](args, tag, image, step)
 
-    def _image(self, folder: Path, step: int) -> np.ndarray | None:
-        """The heat map of the traces so far, if there are any."""
+    def _images(self, folder: Path, step: int) -> dict[str, np.ndarray]:
+        """The heat maps of the traces so far, if there are any."""
         for path in find_traces(folder):
             if path not in self._read:
                 self._read[path] = _summary(path)
         read = [each for each in self._read.values() if each is not None and each.step < step]
         if not read:
-            return None
+            return {}
         layers = read[-1].layers
-        counts: dict[int, np.ndarray] = {}  # by step: changed by layer, and rows
+        by_step: dict[int, list[TraceCounts]] = {}
         for each in read:
-            if each.layers == layers:
-                one = np.append(each.changed, each.compared_rows).astype(float)
-                counts[each.step] = counts.get(each.step, 0.0) + one
-        steps = sorted(at for at, each in counts.items() if each[-1])
-        if not steps:
-            return None
-        changed_LS = np.stack([counts[at][:-1] / counts[at][-1] for at in steps], axis=1)
-        figure = changed_routers([at + 1 for at in steps], layers, changed_LS)
-        canvas: Any = figure.canvas
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+            if each.layers == layers and each.compared_rows:
+                by_step.setdefault(each.step, []).append(each)
+        if not by_step:
+            return {}
+        steps = sorted(by_step)
+        pairs = [(by_step[at], sum(each.compared_rows for each in by_step[at])) for at in steps]
+        changed_LS = np.stack([sum(each.changed for each in some) / rows for some, rows in pairs], axis=1)
+        loads = [ExpertLoad(torch.from_numpy(sum(each.load for each in by_step[at]))) for at in steps]
+        busiest_LS = np.stack([load.busiest.numpy() for load in loads], axis=1)
+        shown = [at + 1 for at in steps]
+        return {
+            TAG: _pixels(changed_routers(shown, layers, changed_LS)),
+            TAG_OF_LOAD: _pixels(busiest_experts(shown, layers, busiest_LS)),
+        }
 
 
-def _summary(path: Path) -> ChangedRouters | None:
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _summary(path: Path) -> TraceCounts | None:
     try:
         trace = load_trace(path, with_records=False)
     except (OSError, ValueError) as error:
-        warnings.warn(f"left out of the picture of changed routers: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"left out of the pictures of routers: {error}", RuntimeWarning, stacklevel=2)
         return None
-    return ChangedRouters(trace.facts.step, trace.facts.moe_layers, trace.changed.numpy(), trace.facts.compared_rows)
+    facts = trace.facts
+    return TraceCounts(
+        facts.step, facts.moe_layers, trace.changed.numpy(), facts.compared_rows, trace.load_recorded.long().numpy()
+    )
 
 
-def _to_tensorboard(args: Any, image: np.ndarray, step: int) -> None:
+def _to_tensorboard(args: Any, tag: str, image: np.ndarray, step: int) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(Path(args.output_dir) / "runs" / "routing_replay")) as writer:
-        writer.add_image(TAG, image, step, dataformats="HWC")
+        writer.add_image(tag, image, step, dataformats="HWC")
 
 
-def _to_wandb(args: Any, image: np.ndarray, step: int) -> None:
+def _to_wandb(args: Any, tag: str, image: np.ndarray, step: int) -> None:
     import wandb
 
-    wandb.log({TAG: wandb.Image(image), "train/global_step": step})  # the run that Transformers began
+    wandb.log({tag: wandb.Image(image), "train/global_step": step})  # the run that Transformers began
 
 
-def _to_trackio(args: Any, image: np.ndarray, step: int) -> None:
+def _to_trackio(args: Any, tag: str, image: np.ndarray, step: int) -> None:
     import trackio
 
-    trackio.log({TAG: trackio.Image(image), "train/global_step": step})
+    trackio.log({tag: trackio.Image(image), "train/global_step": step})
 
 
 _TRACKERS = {"tensorboard": _to_tensorboard, "wandb": _to_wandb, "trackio": _to_trackio}

@@ -42,6 +42,9 @@ class RoutingReplayConfigMixin:
         routing_replay_compare_every (`int`, *optional*, defaults to `0`):
             Every so many steps, score the batch once more with live routing, which logs `sampling/live/*` beside
             `sampling/*`. `0` never does.
+        routing_replay_load_every (`int`, *optional*, defaults to `0`):
+            Every so many steps, log how the experts of the rollout are loaded, by layer, and how live routing agrees
+            with its records as they age: `routing_replay/load/*`. `0` never does.
         routing_replay_gating (`str`, *optional*, defaults to `"auto"`):
             How a recorded selection takes effect: `"intercept"` leaves everything but the selection to the model's own
             code, bit for bit; `"op"` computes the gate with [`masked_topk_gating`], equal up to rounding; `"auto"`
@@ -97,6 +100,13 @@ class RoutingReplayConfigMixin:
         metadata={
             "help": "Every so many steps, score the batch once more with live routing, which logs sampling/live/* "
             "beside sampling/*. 0 never does."
+        },
+    )
+    routing_replay_load_every: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, log how the experts of the rollout are loaded, by layer, and how live "
+            "routing agrees with its records as they age: routing_replay/load/*. 0 never does."
         },
     )
     routing_replay_gating: str = field(
@@ -170,11 +180,11 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
             f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "
             "Set `routing_replay_max_missing=0.0` to allow no missing row."
         )
-    if args.routing_replay_compare_every < 0:
-        raise ValueError(
-            f"`routing_replay_compare_every` is {args.routing_replay_compare_every}, but it counts steps. Set "
-            f"`routing_replay_compare_every=0` to never compare."
-        )
+    for name, does in (("routing_replay_compare_every", "compare"), ("routing_replay_load_every", "log the load")):
+        if getattr(args, name) < 0:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, but it counts steps. Set `{name}=0` to never {does}."
+            )
     _check_folders(args)
     if args.use_routing_replay and args.routing_replay_mode == "R2" and not has_old_policy_forward:
         raise ValueError(

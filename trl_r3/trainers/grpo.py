@@ -24,6 +24,8 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
             Share of rows that matter to the loss and may lack a record.
         routing_replay_compare_every (`int`, *optional*, defaults to `0`):
             Every so many steps, score the batch once more with live routing.
+        routing_replay_load_every (`int`, *optional*, defaults to `0`):
+            Every so many steps, log how the experts are loaded and how records age.
         routing_replay_gating (`str`, *optional*, defaults to `"auto"`):
             `"intercept"`, `"op"`, or the op where its compiled kernels are installed and cover the gate.
         routing_replay_padding (`str`, *optional*, defaults to `"keep"`):

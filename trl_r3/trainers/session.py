@@ -25,6 +25,7 @@ from ..masks.restricted_head import restricted_head
 from ..records.record import slice_samples
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from .attaching import Attachment
+from .load_log import LoadLog
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
 from .rollout import KeptRollouts, Rollout, Turns, note_rows_that_matter
 from .scoring import Scores, Scoring, ScoringTrainer
@@ -50,6 +51,7 @@ class ReplaySession:
         self.trainer, self.routes, self.masks = trainer, routes, masks
         self.attachment = Attachment(trainer)
         self.log = ReplayLog(trainer.accelerator)
+        self.loads = LoadLog(trainer.accelerator, trainer.args.routing_replay_load_every)
         self.tracer: Tracer | None = None
         self.turns = Turns()
         self.rollouts = KeptRollouts(earlier)
@@ -231,13 +233,15 @@ class ReplaySession:
         assert alarm is not None  # attached
         judged = self.captures and scoring.has_old_policy
         at_rollout = not scoring.is_update or (self._is_fresh(scoring.samples) and not judged)
-        batch = ScoredBatch(scoring.samples, checked.prompt_width, replay.layout, at_rollout, checked)
+        observes = at_rollout or self.loads.follows
+        batch = ScoredBatch(scoring.samples, checked.prompt_width, replay.layout, observes, checked)
         source = batch if self.tracer is None else self.tracer.source(batch, scoring)
         with replay.replay_from(source) as stats:
             result = score()
         batch.check_done()
         if scoring.is_update:
             self.log.add_replay(stats, batch)
+            self.loads.look(batch.observations, scoring.samples, self.trainer.state.global_step, self.log)
         if at_rollout:
             scoring.verdict = alarm.look(batch.observations)
             if scoring.verdict is not None:

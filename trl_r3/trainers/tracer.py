@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..alarm.evidence import Verdict
-from ..records.metrics import ReplayStats, expert_load
-from ..records.record import missing_rows
+from ..records.metrics import ReplayStats
 from ..records.samples import Sample, ScoredBatch
 from ..records.sampling_mask import SamplingMask
 from ..routers.router_replay import RouterReplay
@@ -159,10 +158,9 @@ class Tracer:
             (min(size, len(samples) - first), prompt_width, width) for first in range(0, len(samples), size)
         ]
         for sample in samples:
-            rows = sample.record[: sample.rows_that_matter]
-            rows = rows[~missing_rows(rows, layout)]
-            pending.load_recorded += expert_load(rows, layout.num_experts)
-            pending.compared_rows += len(rows)
+            rows, missing = sample.count_rows(layout)
+            pending.load_recorded += sample.expert_load(layout)
+            pending.compared_rows += rows - missing
         pending.load_live += pending.load_recorded
 
     def _write_if_whole(self) -> None:

@@ -17,7 +17,13 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from ...alarm.judge import MIN_KAPPA
-from ...traces.heat_map import HEALTHY_CHANGED, draw_changed_routers, new_figure
+from ...traces.heat_map import (
+    HEALTHY_CHANGED,
+    HEALTHY_LOAD,
+    busiest_experts,
+    draw_changed_routers,
+    new_figure,
+)
 from ...traces.trace_summary import Mismatch
 from .run_data import TAUS, Curve, RunData
 
@@ -25,7 +31,6 @@ REPLAYED, LIVE, HEALTHY = "tab:blue", "tab:orange", "tab:green"
 HEALTHY_K3 = 1e-3  # two forwards of one training engine differ by 8.4e-4 in the R3 paper (arXiv 2510.11370)
 HEALTHY_EXTREME = 1e-3  # a rule of thumb: one token in a thousand
 RIGHT_KAPPA = 0.8  # what right records measured at least (docs/alarm.md)
-HEALTHY_LOAD = 4.0  # a rule of thumb: times the even share
 POOLED_STEPS = 10  # of the expert load: one step has few tokens
 FLOOR = 1e-8  # nats; smaller differences are drawn there
 
@@ -147,6 +152,20 @@ def _load(data: RunData) -> Picture | None:
     )
 
 
+def _load_over_steps(data: RunData) -> Picture | None:
+    layers, by_step = data.busiest()
+    if not by_step:
+        return None
+    steps = sorted(by_step)
+    return Picture(
+        "load_over_steps",
+        "Busiest expert over steps",
+        "Look for a layer that grows brighter with the steps: one expert takes ever more of its tokens, which an "
+        "auxiliary loss, or a bias that balances, is there to prevent.",
+        busiest_experts(steps, layers, np.array([by_step[step] for step in steps]).T),
+    )
+
+
 def _scatter(data: RunData) -> Picture | None:
     ways = {"replayed": REPLAYED, "live": LIVE}
     pooled = {way: [getattr(step, way) for step in data.steps if getattr(step, way).tokens] for way in ways}
@@ -261,6 +280,7 @@ def _missing(data: RunData) -> Picture | None:
 DRAWN: tuple[Callable[[RunData], Picture | None], ...] = (
     _changed,
     _load,
+    _load_over_steps,
     _scatter,
     _mismatch,
     _agreement,

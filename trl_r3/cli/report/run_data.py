@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...records.expert_load import ExpertLoad
 from ...records.metrics import SHARES
 from ...traces.trace import Trace, TraceFacts
 from ...traces.trace_file import find_traces, load_trace
 from ...traces.trace_summary import StepSummary, summarise
 
+LOGGED_LAYER = re.compile(r"routing_replay/load/layer_(\d+)/busiest")
 TAUS = (1.1, 1.5, 2.0)
 MAX_NAMED = 3  # unreadable files
 
@@ -38,6 +40,8 @@ class RunData:
             Of the traces, ascending.
         log (dict of `str` to dict of `int` to `float`):
             By metric and step.
+        load (dict of `int` to dict of `int` to `float`):
+            What was logged of the busiest expert, by decoder layer and step.
         lacking (list of `str`):
             What is not there, and what to do about it.
     """
@@ -46,12 +50,21 @@ class RunData:
     facts: TraceFacts | None = None
     steps: list[StepSummary] = field(default_factory=list)
     log: dict[str, Curve] = field(default_factory=dict)
+    load: dict[int, Curve] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve:
         """A metric over steps: from the log, and where that lacks it, from the traces."""
         traced = {_logged_at(step): value for step in self.steps if (value := _of_step(step, name)) is not None}
         return dict(sorted({**traced, **self.log.get(name, {})}.items()))
+
+    def busiest(self) -> tuple[list[int], dict[int, list[float]]]:
+        """MoE layers, and by step the load of the busiest expert of each: from the log, and from the traces."""
+        layers = self.facts.moe_layers if self.facts is not None else sorted(self.load)
+        traced = {_logged_at(step): ExpertLoad(step.load_recorded).busiest.tolist() for step in self.steps}
+        curves = [self.load.get(layer, {}) for layer in layers]
+        logged = set.intersection(*map(set, curves)) if curves else set()
+        return layers, {**traced, **{at: [curve[at] for curve in curves] for at in logged}}
 
     def extreme(self, way: str, tau: float) -> Curve:
         """F(tau) over steps of `"replayed"` or `"live"` routing."""
@@ -152,6 +165,11 @@ def _read_log(data: RunData) -> None:
         values = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
         if values:
             data.log[name] = values
+    for step, entry in entries:
+        for name, value in entry.items():
+            layer = LOGGED_LAYER.fullmatch(name)
+            if layer and _is_number(value):
+                data.load.setdefault(int(layer[1]), {})[step] = float(value)
     if not data.log:
         data.lacking.append(f"{path} has no metric of routing replay: that run was without `use_routing_replay`.")
 

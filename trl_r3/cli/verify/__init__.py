@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...alarm.evidence import RoutingEvidence
+from ...records.expert_load import ExpertLoad
 from ...routers.probe import input_device
 from ...routers.router_replay import RouterReplay
 from ...routers.self_check import UnsupportedRouterError
@@ -156,12 +157,16 @@ def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) 
         findings.gradients_finding(gradients, record, replay),
     ]
     other = replayed.executed.other_rows(record, replay.moe_layers)
+    load = ExpertLoad.of(record, replay.num_experts)
     layers = [
         Layer(
             layer,
             other.get(layer),
             None if statistics is None else float(statistics.agreement_L[slot]),
             None if statistics is None else float(statistics.contrast_L[slot]),
+            float(load.busiest[slot]),
+            int(load.dead[slot]),
+            float(load.entropy[slot]),
         )
         for slot, layer in enumerate(replay.moe_layers)
     ]

@@ -27,12 +27,17 @@ class Layer:
             Recorded rows that executed other ids; `None` where nothing shows which ids ran.
         agreement, contrast (`float`, *optional*):
             Of the alarm; NaN where there is nothing to tell apart.
+        busiest, entropy (`float`), dead (`int`):
+            Of the load that the record puts on the experts, as in [`ExpertLoad`].
     """
 
     layer: int
     other_ids: int | None
     agreement: float | None
     contrast: float | None
+    busiest: float
+    dead: int
+    entropy: float
 
 
 @dataclass
@@ -106,10 +111,13 @@ def print_report(report: Report) -> None:
     for finding in report.findings:
         table.add_row(finding.what, f"[{_STYLES[finding.status]}]{finding.status}[/]", finding.seen)
     console.print(table)
-    layers = Table("layer", "rows with other ids", "agreement", "contrast")
+    layers = Table(
+        "layer", "rows with other ids", "agreement", "contrast", "busiest expert", "dead experts", "entropy of load"
+    )
     for layer in report.layers:
         other = "not seen" if layer.other_ids is None else str(layer.other_ids)
-        layers.add_row(str(layer.layer), other, _text(layer.agreement), _text(layer.contrast))
+        load = (_text(layer.busiest), str(layer.dead), _text(layer.entropy))
+        layers.add_row(str(layer.layer), other, _text(layer.agreement), _text(layer.contrast), *load)
     console.print(layers)
     for finding in report.findings:
         if finding.status == "wrong":

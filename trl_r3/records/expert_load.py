@@ -1,0 +1,72 @@
+"""How a selection spreads over the experts, layer by layer.
+
+Legend: L MoE layers, E experts, K experts per token, M rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .metrics import expert_load
+from .record import MISSING
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """
+    How often each expert of each layer was selected.
+
+    Args:
+        counts_LE (`torch.Tensor` of shape `(L, E)`, `torch.int64`):
+            The counts.
+
+    Example:
+
+    ```python
+    >>> with replay.record() as recorded, torch.no_grad():
+    ...     model(input_ids)
+    >>> ExpertLoad.of(recorded.routed_experts, replay.num_experts).busiest
+    ```
+    """
+
+    counts_LE: Tensor
+
+    @classmethod
+    def of(cls, routed_experts: Tensor, num_experts: int) -> ExpertLoad:
+        """
+        Count a selection.
+
+        Args:
+            routed_experts (`torch.Tensor` of shape `(..., L, K)`):
+                Ids of any integer dtype, on any device; rows of -1 do not count.
+            num_experts (`int`):
+                Number of experts E.
+        """
+        ids_MLK = torch.as_tensor(routed_experts).flatten(0, -3)
+        ids_MLK = ids_MLK[ids_MLK[:, 0, 0] != MISSING]
+        if ids_MLK.device.type == "cpu":
+            return cls(expert_load(ids_MLK, num_experts))
+        layers = ids_MLK.shape[1]
+        first_L1 = num_experts * torch.arange(layers, device=ids_MLK.device)[:, None]
+        counts = torch.bincount((ids_MLK + first_L1).flatten(), minlength=layers * num_experts)
+        return cls(counts.view(layers, num_experts))
+
+    @property
+    def busiest(self) -> Tensor:
+        """(L,) load of the busiest expert over the mean of its layer: 1 where all are equal. NaN where none ran."""
+        return self.counts_LE.amax(1) / self.counts_LE.double().mean(1)
+
+    @property
+    def dead(self) -> Tensor:
+        """(L,) number of experts that no token went to."""
+        return (self.counts_LE == 0).sum(1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """(L,) entropy of the load over that of an even one: 1 where all are equal, 0 where one expert takes all."""
+        share = self.counts_LE / self.counts_LE.double().sum(1, keepdim=True)
+        return -torch.special.xlogy(share, share).sum(1) / math.log(self.counts_LE.shape[1])
