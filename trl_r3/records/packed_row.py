@@ -86,6 +86,10 @@ class PackedRow:
         around = (self.tree.rows[self.observed + step] for step in (0, -1, 1))
         self.observations.append(Observation(self.tree.owners[self.observed], live_MLK, *around))
 
+    def real(self, mask: Tensor) -> Tensor:
+        """(1, N) of `bool`, on the host: a packed row has no padding of its own."""
+        return mask.detach().bool().cpu()
+
     def _rows_to_observe(self) -> Tensor | None:
         """Fresh rows, spread evenly, whose neighbours in the sample are their neighbours in the row."""
         fresh, follows = self.fresh, self.depths[1:] == self.depths[:-1] + 1

@@ -24,14 +24,7 @@ from .forward_arguments import attended_tokens, get_batch
 from .gated import GatedRouter
 from .packing import PackedBatch
 from .padding import Padding, check_padding
-from .passes import (
-    LivePass,
-    RecordedRoutes,
-    RecordingPass,
-    ReplayingPass,
-    TrainingGuard,
-    WhichAreReal,
-)
+from .passes import LivePass, RecordedRoutes, RecordingPass, ReplayingPass, TrainingGuard, WhichAreReal
 from .patches import ActivePass, CurrentModules, Pass, Patch, bound_checkpoints
 
 GATINGS = ("auto", "intercept", "op")
