@@ -77,6 +77,7 @@ OF_ANOTHER_TYPE = {
     "routing_replay_mode": (None, 3, ["R3"]),
     "routing_replay_max_missing": (None, "0.1", True),
     "routing_replay_compare_every": (None, "3", True, 1.5),
+    "routing_replay_load_every": (None, "3", True, 1.5),
     "routing_replay_gating": (None, True),
     "routing_replay_padding": (None, True),
     "routing_replay_alarm": (None, True, "on"),
