@@ -10,6 +10,7 @@ from engines.tiny_chat import tiny_qwen3_moe
 from model_zoo import build_tiny
 from oracles import CHECKPOINTING, as_sets, foreign_record, gradients, use_checkpointing
 from supported_models import PAGE
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -115,6 +116,35 @@ def test_where_there_is_nothing_to_skip_every_bit_is_that_of_the_padded_batch(kw
     said = [record.getMessage() for record in caplog.records]
     holes = "padding is kept in a forward that replays: its attention mask has holes"
     assert said == ([holes] if kwargs["mask"] is not None and kwargs["mask"].sum() == MASK.sum() - 1 else [])
+
+
+class Operators(TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators(padding, layers, mask):
+    model = tiny_qwen3_moe(num_hidden_layers=layers)
+    with RouterReplay(model, padding=padding) as replay:
+        record = foreign_record(replay, 4, 12)
+        with Operators() as counted, replay.replay(record):
+            loss_of(model, mask).loss.backward()
+    return counted.count
+
+
+def test_without_padding_it_costs_nothing_in_any_layer():
+    """What a mask is read for is asked once, however many layers there are."""
+    whole = torch.ones_like(MASK)
+    beyond = [operators("auto", layers, whole) - operators("keep", layers, whole) for layers in (2, 4)]
+    assert beyond[0] == beyond[1] <= 30
+    assert operators("auto", 4, MASK) != operators("keep", 4, MASK)  # or nothing is counted of what is skipped
 
 
 BY_EXPERTS_ONLY = {

@@ -157,7 +157,8 @@ _HIDDEN = "the first hidden states"
 
 
 def _largest(values: list[Tensor | None]) -> float:
-    return max((float(value.abs().max()) for value in values if value is not None), default=0.0)
+    ends = [torch.stack(torch.aminmax(value)) for value in values if value is not None]  # in one pass each
+    return float(torch.cat([each.double().cpu() for each in ends]).abs().max()) if ends else 0.0
 
 
 def _distance(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
