@@ -58,7 +58,37 @@ def launches(settings: BenchSettings) -> list[Finding]:
                     capture + recompute,
                 ),
             ]
-    return findings
+    return findings + seen_from_outside(settings)
+
+
+def seen_from_outside(settings: BenchSettings) -> list[Finding]:
+    """
+    The shortest calls of a model that knows nothing of replay, and with it: checks of the record and all else inside.
+    """
+    sizes = replace(settings, hidden_size=32, num_layers=settings.launch_layers, num_experts=64, top_k=4)
+    model = large_model(replace(sizes, batch=1, length=8)).train()
+    ids = random_ids(model, 1, 8)
+    with RouterReplay(model, "intercept") as replay:
+        record = record_of(model, replay, ids)
+    taken: dict[str, list[float]] = {}
+
+    def note(name: str, context: Callable[[], Any], forward_only: bool) -> None:
+        for _ in range(3):  # the first calls after attaching, and after removing, are slower
+            taken.setdefault(name, []).append(_step(model, ids, context, forward_only).step)
+
+    for _ in range(min(30, settings.launch_rounds)):
+        for forward_only in (False, True):
+            note(f"live {forward_only}", nullcontext, forward_only)
+        with RouterReplay(model, "intercept") as replay:
+            note("replay", partial(replay.replay, record), False)
+            note("capture", replay.record, True)
+    least = {name: min(seconds) for name, seconds in taken.items()}
+    return [
+        Finding(
+            "launches seen from outside: replay over a live step", least["replay"] / least["live False"] - 1, 0.05
+        ),
+        Finding("launches seen from outside: capture over a forward", least["capture"] / least["live True"] - 1, 0.03),
+    ]
 
 
 class _Seconds(NamedTuple):

@@ -1,7 +1,7 @@
 """`python -m benchmarks padding`: what is saved where layers see real tokens only.
 
-An update of a model, its old-policy pass, and whole GRPO steps, each live, replayed with padding and replayed without,
-by turns in one process.
+An update of a model, its old-policy pass, the prefill of a rollout, and whole GRPO steps, each live, with padding and
+without, by turns in one process.
 
 Legend: B batch, T tokens of a padded sequence.
 """
@@ -22,12 +22,14 @@ from trl import GRPOTrainer
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
 from trl_r3.cli.demo.policy import build_tokenizer
+from trl_r3.engines.generate import generate_with_routes
 from trl_r3.routers.router_replay import RouterReplay
 
 from .setup import BenchSettings, Finding, large_model, random_ids, record_of
+from .unpadded import mask_of, unpadded_bits, unpadded_memory
 
 ARMS = ("live", "keep", "auto")
-TARGETS = {0.25: 0.80, 0.5: 0.60, 0.71: 0.45}  # by the share of padding: without it over live
+TARGETS = {0.0: 1.02, 0.25: 0.80, 0.5: 0.60, 0.71: 0.45}  # by the share of padding: without it over live
 
 
 def medians(prepare: Callable[[str], AbstractContextManager[Callable[[], Any]]], rounds: int) -> dict[str, float]:
@@ -43,39 +45,49 @@ def medians(prepare: Callable[[str], AbstractContextManager[Callable[[], Any]]],
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def mask_of(batch: int, length: int, share: float) -> Tensor:
-    """(B, T): completions of lengths from long to short, with so much padding in all; prompts differ a little."""
-    mean = 1 - share
-    ends = torch.linspace(min(1.0, 2 * mean), max(0.02, 2 * mean - 1), batch) * length
-    starts = torch.arange(batch) % 4
-    places = torch.arange(length)[None]
-    return ((places >= starts[:, None]) & (places < ends[:, None].round().clamp(min=8))).long()
-
-
-def model_cost(settings: BenchSettings, share: float, target: float, rounds: int) -> list[Finding]:
-    """An update of AdamW and an old-policy pass of one model."""
-    model = large_model(settings).train()
+def model_cost(
+    settings: BenchSettings,
+    share: float,
+    target: float,
+    rounds: int,
+    *,
+    attention: str = "sdpa",
+    size: int | None = None,
+) -> list[Finding]:
+    """An update of AdamW, and an old-policy pass, of one model; in micro-batches of a size, if one is given."""
+    model, size = large_model(settings).train(), size or settings.batch
+    model.set_attn_implementation(attention)
     ids, mask = random_ids(model, settings.batch, settings.length), mask_of(settings.batch, settings.length, share)
     labels = ids.masked_fill((mask & mask.roll(1, 1)) == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     with RouterReplay(model) as replay:
         record = record_of(model, replay, ids)
 
-    def forward(replay: RouterReplay | None, **kwargs: Any) -> Any:
-        with replay.replay(record) if replay else nullcontext():
-            return model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+    def forwards(replay: RouterReplay | None, **kwargs: Tensor) -> Iterator[Any]:
+        for first in range(0, settings.batch, size):
+            part = slice(first, first + size)
+            with replay.replay(record[part]) if replay else nullcontext():
+                given = {name: value[part] for name, value in kwargs.items()}
+                yield model(input_ids=ids[part], attention_mask=mask[part], use_cache=False, **given)
 
     def update(replay: RouterReplay | None) -> None:
-        forward(replay, labels=labels).loss.backward()
+        for output in forwards(replay, labels=labels):
+            output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def score(replay: RouterReplay | None) -> None:
         with torch.no_grad():
-            forward(replay)
+            for _ in forwards(replay):
+                pass
 
     findings, share = [], 1 - mask.float().mean().item()
-    for what, run, bound in (("update", update, target), ("old-policy pass", score, 0.6 if target == 0.6 else None)):
+    how = f"{'' if size == settings.batch else f' in micro-batches of {size}'}"
+    how += "" if attention == "sdpa" else f", {attention} attention"
+    runs: dict[str, tuple[Callable, float | None]] = {f"update{how}": (update, target)}
+    if not how:
+        runs["old-policy pass"] = score, 0.6 if target == 0.6 else None
+    for what, (run, bound) in runs.items():
 
         @contextmanager
         def prepare(name: str, run: Callable = run) -> Iterator[Callable[[], None]]:
@@ -87,12 +99,30 @@ def model_cost(settings: BenchSettings, share: float, target: float, rounds: int
     return findings
 
 
-def compared(what: str, seconds: dict[str, float], target: float | None) -> list[Finding]:
+def compared(what: str, seconds: dict[str, float], target: float | None, how: str = "replayed") -> list[Finding]:
     """The lines of one comparison."""
     return [
-        Finding(f"{what}: replayed with padding over live", seconds["keep"] / seconds["live"]),
-        Finding(f"{what}: replayed without over live", seconds["auto"] / seconds["live"], target),
+        Finding(f"{what}: {how} with padding over live", seconds["keep"] / seconds["live"]),
+        Finding(f"{what}: {how} without over live", seconds["auto"] / seconds["live"], target),
     ]
+
+
+def prefill_cost(settings: BenchSettings, rounds: int) -> list[Finding]:
+    """`generate` of one token, behind prompts of unequal length."""
+    model, mask = large_model(settings).eval(), mask_of(settings.batch, settings.length, 0.5).flip(1)
+    mask[:, -1] = 1  # a prompt ends where its completion begins
+    kwargs = {"input_ids": random_ids(model, *mask.shape), "attention_mask": mask, "max_new_tokens": 1}
+
+    @contextmanager
+    def prepare(name: str) -> Iterator[Callable[[], Any]]:
+        if name == "live":
+            yield lambda: model.generate(**kwargs)
+            return
+        with RouterReplay(model, padding=name) as replay:
+            yield lambda: generate_with_routes(model, replay, model.generate, (), kwargs)
+
+    share = 1 - mask.float().mean().item()
+    return compared(f"prefill, {share:.0%} padding", medians(prepare, rounds), 0.75, "recorded")
 
 
 def step_cost(settings: BenchSettings, rounds: int) -> list[Finding]:
@@ -151,7 +181,11 @@ def run(settings: BenchSettings | None = None, rounds: int = 5) -> list[Finding]
     torch.set_num_threads(1)
     settings = settings or BenchSettings(num_layers=4)
     findings = [line for share, target in TARGETS.items() for line in model_cost(settings, share, target, rounds)]
+    findings += model_cost(settings, 0.5, 0.75, rounds, size=1)
+    findings += model_cost(settings, 0.5, 0.80, rounds, attention="eager")
+    findings += prefill_cost(settings, rounds)
     findings += step_cost(settings, rounds)
+    findings += unpadded_memory(settings) + unpadded_bits(settings)
     for each in findings:
         bound = "" if each.target is None else f"  (target {each.target:.2f}{'' if each.met else ', missed'})"
         print(f"{each.what:64s} {each.value:.3f}{bound}")
