@@ -586,6 +586,7 @@ SEAMS = [
         for module, text in (
             ("parameter_offload", "self.module.register_forward_pre_hook(_start_of_forward_hook)"),
             ("parameter_offload", "def get_param_coordinator(self)"),
+            ("partition_parameters", "param.ds_id = "),
             ("partitioned_param_coordinator", "def is_invalid_trace(self)"),
             ("partitioned_param_coordinator", "def _invalidate_trace(self)"),
         )
