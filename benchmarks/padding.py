@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
@@ -33,15 +34,15 @@ TARGETS = {0.0: 1.02, 0.25: 0.80, 0.5: 0.60, 0.71: 0.45}  # by the share of padd
 
 
 def medians(prepare: Callable[[str], AbstractContextManager[Callable[[], Any]]], rounds: int) -> dict[str, float]:
-    """Processor seconds of what is made ready for each arm, by turns; the first round warms up."""
+    """Processor seconds of what is made ready for each arm, or what it says, by turns; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     for turn in range(rounds + 1):
         for name in ARMS:
             with prepare(name) as run:
                 begin = time.process_time()
-                run()
+                taken = run()
                 if turn:
-                    seconds[name].append(time.process_time() - begin)
+                    seconds[name].append(taken if isinstance(taken, float) else time.process_time() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -125,6 +126,20 @@ def prefill_cost(settings: BenchSettings, rounds: int) -> list[Finding]:
     return compared(f"prefill, {share:.0%} padding", medians(prepare, rounds), 0.75, "recorded")
 
 
+class Steps(TrainerCallback):
+    """Processor seconds of the steps of a training, without what comes once before: loading and attaching."""
+
+    begin = seconds = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """When all is prepared."""
+        self.begin = time.process_time()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """After the last update."""
+        self.seconds = time.process_time() - self.begin
+
+
 def step_cost(settings: BenchSettings, rounds: int) -> list[Finding]:
     """Whole steps of GRPO, an old-policy pass and four updates of a rollout whose completions are told."""
     batch, lengths = 2 * settings.batch, torch.linspace(8, settings.length - 8, 2 * settings.batch).long().tolist()
@@ -159,7 +174,9 @@ def step_cost(settings: BenchSettings, rounds: int) -> list[Finding]:
                 processing_class=build_tokenizer(),
                 rollout_func=play,
             )
-            yield trainer.train
+            steps = Steps()
+            trainer.add_callback(steps)
+            yield lambda: (trainer.train(), steps.seconds)[1]
 
     share = 1 - sum(lengths) / len(lengths) / max(lengths)
     return compared(f"GRPO step, {share:.0%} padding", medians(prepare, rounds), 0.6)
