@@ -324,3 +324,18 @@ def test_nothing_is_left_behind():
         read_model(str(CONFIGS), Job(prompts=1))
     read_model(QWEN, Job(prompts=1))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_queue_of_asynchronous_grpo(capsys):
+    """What waits there is counted once, on the first host, and lowered first."""
+    options = ["--prompts", "8", "--tokens", "30000", "--gpus", "8", "--strategy", "fsdp2"]
+    without, with_queue = (plan(capsys, *options, *more)[1]["plan"] for more in ([], ["--queue", "1024"]))
+    assert (without["queue"], with_queue["queue"]) == (0, 1024 * 30000 * (48 * 8 + 20))
+    assert with_queue["queue"] == pytest.approx(12.4e9, rel=1e-2)
+    assert with_queue["host"] - without["host"] == with_queue["queue"]
+    status, answer = plan(capsys, *options, "--queue", "1024", "--host-memory", "10")
+    (change,) = [each["change"] for each in answer["changes"]]
+    lowered = int(change.split("--queue ")[1].split("`")[0])
+    assert (status, lowered < 1024) == (1, True) and change.startswith("lower `queue_maxsize`")
+    assert plan(capsys, *options, "--queue", str(lowered), "--host-memory", "10")[0] == 0
+    assert plan(capsys, *options, "--queue", str(lowered + 2), "--host-memory", "10")[0] == 1

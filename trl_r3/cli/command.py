@@ -100,6 +100,12 @@ def _add_plan(commands: Any) -> None:
         action="store_true",
         help="with `routing_replay_spill_dir`: records in files while they are trained on",
     )
+    plan.add_argument(
+        "--queue",
+        type=int,
+        default=0,
+        help="samples in the queue of asynchronous GRPO, TRL's `queue_maxsize` (default: %(default)s, synchronous)",
+    )
     _add_trust(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
 

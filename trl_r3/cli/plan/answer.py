@@ -98,6 +98,8 @@ def _record_table(job: Job, plan: Plan) -> Table:
     table.add_row("a token", f"{plan.record_a_token:,} bytes")
     table.add_row("the rollout", _gb(plan.records))
     table.add_row(f"a process of {job.gpus}", _gb(plan.records_of_a_rank))
+    if job.queue:
+        table.add_row(f"the queue of {job.queue:,} samples", _gb(plan.queue))
     table.add_row("host memory, token ids included", f"{_gb(plan.host)} of {_gb(plan.host_available)}")
     if job.spill:
         table.add_row("the same in training, records in files", _gb(plan.host_training))

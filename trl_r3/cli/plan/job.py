@@ -49,6 +49,9 @@ class Job:
             GB a second from host to device.
         spill (`bool`):
             Whether `routing_replay_spill_dir` is set.
+        queue (`int`):
+            Samples that the queue of asynchronous GRPO holds (`queue_maxsize`), on the first host; 0 for synchronous
+            training.
         trust_remote_code (`bool`):
             Whether code that comes with the config is run.
     """
@@ -71,6 +74,7 @@ class Job:
     engine_tensor_parallel: int = 1
     bandwidth: float = 25.0
     spill: bool = False
+    queue: int = 0
     trust_remote_code: bool = False
 
     def __post_init__(self):
@@ -79,7 +83,7 @@ class Job:
                 f"`--strategy` is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}: set `--strategy fsdp2`."
             )
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "lora_rank" else 1
+            value, least = getattr(self, field.name), 0 if field.name in ("lora_rank", "queue") else 1
             option = "--" + field.name.replace("_", "-")
             if field.type == "int" and value < least:
                 raise PlanError(f"`{option}` is {value}, but it counts: set {least} or more.")

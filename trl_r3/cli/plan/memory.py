@@ -8,6 +8,7 @@ from .job import GB, Job
 from .sizes import ModelFacts
 
 _TOKEN_IDS = 8  # bytes; a sample keeps its tokens beside its record, in int64
+_QUEUED = 8 + 8 + 4  # bytes of a queued token: its id, whether it is trained, its log-probability
 # NF4 keeps half a byte a weight and, for each block of 64, a scale in float32
 _FOUR_BIT = 0.5 + 4 / 64
 
@@ -27,7 +28,9 @@ class Plan:
         records_on_device (`int`):
             Of one micro-batch.
         host (`int`):
-            Records and token ids of all processes of a host, when a rollout has been made.
+            Records and token ids of all processes of a host, when a rollout has been made, and the queue.
+        queue (`int`):
+            Samples in the queue of asynchronous GRPO, on the first host.
         host_training (`int`):
             The same while it is trained on; with `routing_replay_spill_dir` the records are in files then.
         seconds_to_move (`float`):
@@ -45,6 +48,7 @@ class Plan:
     records_of_a_rank: int
     records_on_device: int
     host: int
+    queue: int
     host_training: int
     seconds_to_move: float
     weights: float
@@ -99,6 +103,7 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
     of_a_rank = job.samples_of_a_rank * job.tokens * a_token
     ranks = job.gpus_of_a_host
     token_ids = job.samples_of_a_rank * job.tokens * _TOKEN_IDS
+    queue = job.queue * job.tokens * (a_token + _QUEUED)
     weights, gradients, optimizer, gathered = _states(model, job)
     engine = model.parameters * 2 / job.engine_tensor_parallel
     return Plan(
@@ -106,8 +111,9 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
         records=job.samples * job.tokens * a_token,
         records_of_a_rank=of_a_rank,
         records_on_device=job.micro_batch * job.tokens * a_token,
-        host=ranks * (token_ids + of_a_rank),
-        host_training=ranks * (token_ids + (0 if job.spill else of_a_rank)),
+        host=queue + ranks * (token_ids + of_a_rank),
+        queue=queue,
+        host_training=queue + ranks * (token_ids + (0 if job.spill else of_a_rank)),
         seconds_to_move=of_a_rank / (job.bandwidth * GB),
         weights=weights,
         gradients=gradients,

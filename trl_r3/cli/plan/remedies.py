@@ -51,6 +51,10 @@ def remedies(model: ModelFacts, job: Job) -> list[Remedy]:
 def _for_host(plan: Plan, job: Job) -> tuple[Job, str]:
     if not plan.host_missing:
         return job, ""
+    if job.queue:  # training waits for no more of it than a step takes
+        a_sample = plan.queue / job.queue
+        queue = max(int((job.host_memory * GB - (plan.host - plan.queue)) / a_sample), 1)
+        return replace(job, queue=queue), f"lower `queue_maxsize` (`--queue {queue}`)"
     a_prompt = plan.host / job.prompts
     prompts = max(int(job.host_memory * GB / a_prompt), 1)
     return replace(job, prompts=prompts), f"lower `--prompts` from {job.prompts} to {prompts}"
