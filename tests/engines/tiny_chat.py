@@ -5,6 +5,7 @@ A tool call is one word, such as `<look>`, so that a model can be made to emit o
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.response_template = RESPONSE_TEMPLATE
+    tokenizer.response_template = copy.deepcopy(RESPONSE_TEMPLATE)
     return tokenizer
 
 

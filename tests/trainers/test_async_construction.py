@@ -28,6 +28,7 @@ def config(**settings):
         ({"routing_replay_spill_dir": "spill"}, "records wait in the queue"),
         ({"use_sampling_mask_replay": True}, "its requests return no masks. Set `use_sampling_mask_replay=False`"),
         ({"routing_replay_in_flight": "pause"}, r"`routing_replay_in_flight` is 'pause', expected one of"),
+        ({"routing_replay_shared_rows": "last"}, r"`routing_replay_shared_rows` is 'last', expected one of"),
         ({"routing_replay_max_missing": 2.0}, "`routing_replay_max_missing` is 2.0, but it is a share"),
         ({"routing_replay_alarm": "loud"}, "`routing_replay_alarm` is 'loud', expected one of"),
     ],

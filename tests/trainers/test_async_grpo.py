@@ -106,6 +106,18 @@ def test_at_equal_weights_the_ratio_is_1(run):
     assert fresh == all_rows > 0.5
 
 
+def test_with_noise_in_each_request_the_ratio_is_1_where_no_row_is_shared(run):
+    """Siblings differ in the routes of their prompt, whose tokens are forwarded for each of them, or some are off."""
+    exact, first = (
+        run(**NOISY, max_steps=1, routing_replay_shared_rows=kind, **CHECKPOINTING["none"])
+        for kind in ("exact", "first")
+    )
+    assert all(abs(one.ratio - 1) < 1e-5 for one in exact.forwards)
+    assert any(abs(one.ratio - 1) > 1e-4 for one in first.forwards)
+    assert max(logged(exact, "routing_replay/shared_conflict_frac"), default=0.0) == 0.0
+    assert logged(first, "routing_replay/shared_conflict_frac")[0] > 0.5
+
+
 def calls_a_tool(words: str):
     """The first answer of a conversation, each with a first word of its own; what follows on the tool is sampled."""
     number = itertools.count()

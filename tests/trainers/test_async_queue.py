@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from collections import defaultdict
 
@@ -28,8 +29,8 @@ SHAPE = RoutingLayout(moe_layers=(0, 1), num_decoder_layers=2, num_experts=250, 
 few = settings(max_examples=60, deadline=None)
 
 
-def make_waiting(max_missing=0.0, lets_live=False):
-    return WaitingRows(lambda: SHAPE, max_missing, lets_live)
+def make_waiting(max_missing=0.0, lets_live=False, is_exact=False):
+    return WaitingRows(lambda: SHAPE, max_missing, lets_live, is_exact)
 
 
 def sample(tokens, first=0, group=0, spans=None, **changes):
@@ -156,6 +157,39 @@ def test_rows_in_the_order_of_the_nodes_are_seen(monkeypatch):
 
 def dataset_examples(samples, waiting):
     return until_empty(dataset(samples, waiting))
+
+
+@few
+@given(drawn_samples(), st.integers(0, 1))
+def test_rows_that_differ_are_not_shared(drawn, which):
+    """All of these samples have rows of their own, but for twins of each, which share all of it."""
+    twins = [dataclasses.replace(each, record=each.record[:, :, ::-1].copy()) for each in drawn]
+    both = [each for pair in zip(drawn, twins, strict=True) for each in pair]
+    waiting = make_waiting(is_exact=True)
+    for _, batch, rows in packed(both, planners(1)[which], waiting, 1):
+        (row,) = waiting.take(int(batch[ROW_NUMBER]), 1)
+        assert row.tree.conflicts == 0
+        mask = batch["attention_mask"][0].bool()
+        assert torch.equal(row.tokens, batch["input_ids"][0][mask]) and int(row.tokens.max()) <= 2
+        labels = batch["shift_labels"][0]
+        assert set(labels.tolist()) <= {-100, 1, 2}
+        paths = sequences(row.depths.tolist())
+        there = sorted((tuple(row.tokens[p].tolist()), row.tree.rows[p[:-1]].sort(-1).values.tolist()) for p in paths)
+        ordered = [np.sort(each["routes"].record, -1).tolist() for each in rows[0].samples]
+        ids = [tuple(each["input_ids"] & 0xFFFFFF) for each in rows[0].samples]
+        assert {(tokens, str(record)) for tokens, record in there} == set(zip(ids, map(str, ordered), strict=True))
+        following = {before: after for path in paths for before, after in zip(path, path[1:], strict=False)}
+        for at, label in enumerate(labels[mask].tolist()):
+            assert label == -100 if at not in following else label == int(row.tokens[following[at]])
+
+
+def test_shared_rows_conflict_unless_they_are_told_apart():
+    drawn = [sample([1, 2, 1, 1], 0), sample([1, 2, 1, 2], 50)]
+    for is_exact, tokens, conflicts in ((False, 6, 2), (True, 8, 0)):
+        waiting = make_waiting(is_exact=is_exact)
+        pack_alone(drawn, waiting)
+        (row,) = waiting.take(0, 1)
+        assert (len(row.tokens), row.tree.conflicts) == (tokens, conflicts)
 
 
 def test_what_trl_reads_of_a_sample_is_left_alone():

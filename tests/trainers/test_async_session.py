@@ -16,7 +16,9 @@ from trl_r3.trainers.async_session import AsyncReplaySession
 @pytest.fixture
 def session():
     """Of a main process, at version 5 of the weights."""
-    args = SimpleNamespace(routing_replay_in_flight="live", routing_replay_max_missing=0.25)
+    args = SimpleNamespace(
+        routing_replay_in_flight="live", routing_replay_max_missing=0.25, routing_replay_shared_rows="exact"
+    )
     accelerator = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))
     state = SimpleNamespace(global_step=7)
     trainer = SimpleNamespace(args=args, accelerator=accelerator, state=state, model_version=5)
@@ -51,7 +53,8 @@ def test_each_process_gets_its_row_or_all_get_the_error(session):
 
 
 def test_settings_reach_the_packing(session):
-    assert (session.waiting.lets_live, session.waiting.max_missing) == (True, 0.25)
+    waiting = session.waiting
+    assert (waiting.lets_live, waiting.max_missing, waiting.is_exact) == (True, 0.25, True)
 
 
 def test_names_are_swapped_while_a_dataloader_is_made(session):

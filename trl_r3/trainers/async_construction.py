@@ -13,6 +13,7 @@ from ..engines.vllm_versions import check_vllm_version, vllm_serve_command
 from .config import check_types
 
 IN_FLIGHT = ("replay", "live")
+SHARED_ROWS = ("first", "exact")
 
 _ONLY = {  # settings of replay that have one value here, and why
     "routing_replay_mode": ("R3", "there is no old-policy forward that could record"),
@@ -43,11 +44,12 @@ def check_async_config(args: Any) -> None:
                 f"`{name}` is {getattr(args, name)!r}, which asynchronous GRPO cannot do: {reason}. Set "
                 f"`{name}={only!r}`."
             )
-    if args.routing_replay_in_flight not in IN_FLIGHT:
-        raise ValueError(
-            f"`routing_replay_in_flight` is {args.routing_replay_in_flight!r}, expected one of {IN_FLIGHT}. Set it "
-            "so, or leave it out for the default, 'replay'."
-        )
+    for name, choices in (("routing_replay_in_flight", IN_FLIGHT), ("routing_replay_shared_rows", SHARED_ROWS)):
+        if getattr(args, name) not in choices:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)!r}, expected one of {choices}. Set it so, or leave it out for the "
+                f"default, {choices[0]!r}."
+            )
     if not 0.0 <= args.routing_replay_max_missing <= 1.0:
         raise ValueError(
             f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "

@@ -8,7 +8,14 @@ from typing import Any
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 from ..routers.router_replay import RouterReplay
-from .async_construction import IN_FLIGHT, check_async_config, check_server, check_worker, warn_of_ratio
+from .async_construction import (
+    IN_FLIGHT,
+    SHARED_ROWS,
+    check_async_config,
+    check_server,
+    check_worker,
+    warn_of_ratio,
+)
 from .async_queue import ROW_NUMBER
 from .async_session import AsyncReplaySession
 from .checkpoints import whole_checkpoint
@@ -30,6 +37,9 @@ class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
             What becomes of requests that were answered across an update of the server's weights. Their routes are
             those of the new weights, their log-probabilities those of the old: `"replay"` replays them all the same,
             `"live"` lets their rows route live, which counts as missing but is no error.
+        routing_replay_shared_rows (`str`, *optional*, defaults to `"first"`):
+            What becomes of a token that samples of a packed row share, but with different experts: `"first"` forwards
+            it once, with the record of the first of them, `"exact"` once for each record.
     """
 
     routing_replay_in_flight: str = field(
@@ -38,6 +48,14 @@ class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
             "help": "What becomes of requests that were answered across an update of the server's weights: 'replay' "
             "replays their routes, 'live' lets their rows route live.",
             "choices": list(IN_FLIGHT),
+        },
+    )
+    routing_replay_shared_rows: str = field(
+        default="first",
+        metadata={
+            "help": "What becomes of a token that samples of a packed row share, but with different experts: 'first' "
+            "forwards it once, with the record of the first of them, 'exact' once for each record.",
+            "choices": list(SHARED_ROWS),
         },
     )
 
@@ -52,7 +70,7 @@ class R3AsyncGRPOTrainer(AsyncGRPOTrainer):
 
     With `use_routing_replay=True`, the forward of each packed row goes through the experts that the server used, in
     recomputes and backward as well, also where a sample is of an older policy. A token that several samples share is
-    forwarded once, with the record of the first of them.
+    forwarded once, with the record of the first of them, unless records are told apart.
 
     Args:
         args ([`R3AsyncGRPOConfig`], *optional*):

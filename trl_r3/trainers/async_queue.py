@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from ..records.prefix_tree import NO_VERSION, TreeRecord, TreeSample
 from ..records.record import RoutingLayout
 
 ROW_NUMBER = "packed_row"  # in a batch: which of the waiting rows each of its rows is
+_TOKEN_BITS = 24  # of a token id; the bits above are free for what tells records apart
+_TOKENS = (1 << _TOKEN_BITS) - 1
+_MARKS = (1 << 38) - 1
 
 
 @dataclass
@@ -59,11 +63,14 @@ class WaitingRows:
             Share of rows that matter to the loss and may lack a record.
         lets_live (`bool`):
             Whether rows of requests that saw the weights change route live.
+        is_exact (`bool`, *optional*, defaults to `False`):
+            Whether samples share a token only where their records agree.
     """
 
     layout_of: Callable[[], RoutingLayout]
     max_missing: float
     lets_live: bool
+    is_exact: bool = False
     error: Exception | None = field(default=None, init=False)  # raised where all processes meet
     samples: int = field(default=0, init=False)  # seen so far
     _rows: dict[int, PackedRow] = field(default_factory=dict, init=False)
@@ -92,6 +99,31 @@ class WaitingRows:
         if fault is not None and self.error is None:
             self.error = ValueError(f"a record of the rollout process cannot be used: {fault}")
         return QueuedRoutes(identity, record, spans, int(spans[0, 1]) if len(spans) else sample.model_version)
+
+    def marked(self, tokens: np.ndarray, record: np.ndarray) -> np.ndarray:
+        """
+        Let tokens with different rows be different ones for whoever looks for common prefixes.
+
+        Args:
+            tokens (`numpy.ndarray` of shape `(T,)`, `int64`):
+                Token ids.
+            record (`numpy.ndarray` of shape `(T - 1, L, K)`):
+                Packed ids. Their order in a row does not count.
+
+        Returns:
+            `numpy.ndarray` of shape `(T,)`: The token in the lower bits, a mark of its row above.
+        """
+        marks = np.zeros(len(tokens), dtype=np.int64)
+        for layer, of_expert in enumerate(self._marks):
+            marks[:-1] += of_expert[record[:, layer].astype(np.uint16)].sum(-1)
+        return tokens | ((marks & _MARKS) << _TOKEN_BITS)
+
+    @cached_property
+    def _marks(self) -> np.ndarray:
+        """A random number for each expert of each layer, whose sum stands for a set of them; for missing ones, too."""
+        ids = np.iinfo(np.uint8 if self.layout.missing > 0 else np.uint16).max + 1
+        size = (len(self.layout.moe_layers), ids)
+        return np.random.default_rng(0).integers(-(1 << 62), 1 << 62, size=size)
 
     def add(self, rows: Sequence[PackedRow]) -> list[int]:
         """Take the rows of a batch, one a process, and number them."""
@@ -173,7 +205,10 @@ class RoutedQueueDataset(RolloutQueueDataset):
         noting = _Noting(self.queue)
         with swapped(self, "queue", noting):
             for example in super().__iter__():
-                yield {**example, "routes": self._waiting.routes_of(noting.last)}
+                routes = self._waiting.routes_of(noting.last)
+                if self._waiting.is_exact:
+                    example["input_ids"] = self._waiting.marked(example["input_ids"], routes.record)
+                yield {**example, "routes": routes}
 
 
 @dataclass
@@ -186,11 +221,13 @@ class RoutedCollator(DataCollatorForRollout):
         """`torch_call` of TRL."""
         (rows,) = examples
         assert self.waiting is not None  # of whoever swapped it in
-        tokens = [np.array(row.tokens) for row in rows]
+        tokens = [np.array(row.tokens) & _TOKENS for row in rows]
         with ExitStack() as stack:
             for row in rows:  # what is packed as a token then says which node of the tree stands there
                 stack.enter_context(swapped(row, "tokens", range(len(row.tokens))))
             batch = super().torch_call(examples)
+        labels = batch["shift_labels"]
+        labels[labels >= 0] &= _TOKENS
         packed = []
         for row, of_node, ids, depths in zip(rows, tokens, batch["input_ids"], batch["position_ids"], strict=True):
             order = ids[: len(of_node)].numpy().copy()

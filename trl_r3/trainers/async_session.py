@@ -72,7 +72,8 @@ class AsyncReplaySession:
         """Let the dataloader that TRL makes inside pack records."""
         args = self.trainer.args
         lets_live, max_missing = args.routing_replay_in_flight == "live", args.routing_replay_max_missing
-        self.waiting = WaitingRows(lambda: self.attachment.replay.layout, max_missing, lets_live)
+        is_exact = args.routing_replay_shared_rows == "exact"
+        self.waiting = WaitingRows(lambda: self.attachment.replay.layout, max_missing, lets_live, is_exact)
         dataset, collator = (partial(each, waiting=self.waiting) for each in (RoutedQueueDataset, RoutedCollator))
         with (
             swapped(async_grpo_trainer, "RolloutQueueDataset", dataset),
