@@ -10,7 +10,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "examples" / "agent"
-NAMES = ("sandbox", "task", "train")
+NAMES = ("sandbox", "task", "train", "server", "train_async")
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the sandbox needs Linux")
 
@@ -190,3 +190,19 @@ def test_every_turn_has_its_rows(agent, learned, capsys):
     shown = [line[line.index("[") + 1 : line.index("]")] for line in printed]
     first = turns.episode.record[0, 0].sort().values
     assert torch.equal(first, torch.tensor([int(expert) for expert in shown[0].split(",")], dtype=first.dtype))
+
+
+def test_asynchronous_training(agent, monkeypatch, capsys):
+    """Episodes of several turns, from a server and a rollout process of their own, each row through its experts."""
+    pytest.importorskip("aiohttp", reason="TRL's rollout process needs `pip install aiohttp`")
+    example = agent["train_async"]
+    patched = [(example.packing, "_flash_attn"), (example.async_rollout_worker, "is_vllm_available")]
+    for module, name in [*patched, (example.async_grpo_trainer, "get_peak_flops_per_device")]:
+        monkeypatch.setattr(module, name, getattr(module, name))  # given back after what the example makes of it
+    log = example.main(["--steps", "2", "--batch", "8", "--tool_steps", "30"])
+    assert [entry["routing_replay/replayed_frac"] for entry in log] == [1.0, 1.0]
+    # the server computes as training does, so at equal weights no router would choose otherwise
+    assert log[0]["routing_replay/fresh/changed_router_frac"] < 0.02
+    assert log[0]["ratio"] == pytest.approx(1, abs=1e-3)
+    printed = capsys.readouterr().out
+    assert len([line for line in printed.splitlines() if line.split()[:1] in (["1"], ["2"])]) == 2

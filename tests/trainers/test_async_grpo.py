@@ -64,19 +64,20 @@ NOISY = {"routing_replay_alarm": "off"}  # the noise of the server is no roundin
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
-        (CHECKPOINTING["non_reentrant"] | {"max_staleness": 4}, {}),
+        (CHECKPOINTING["non_reentrant"] | {"max_staleness": 4, "max_steps": 4}, {}),
         (CHECKPOINTING["reentrant"] | {"max_staleness": 0}, {}),
-        (CHECKPOINTING["none"] | {"max_staleness": 2}, {}),
-        ({"token_budget": 64, "weight_sync_steps": 2}, {}),
+        (CHECKPOINTING["none"] | {"max_staleness": 2, "max_steps": 3}, {}),
+        ({"token_budget": 64, "weight_sync_steps": 2, "max_steps": 3}, {}),
         ({"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])}, {}),
-        ({"max_steps": 2}, {"num_experts": 300}),
+        ({}, {"num_experts": 300}),
     ],
     ids=["stale", "reentrant", "no checkpointing", "token budget", "lora", "300 experts"],
 )
 def test_every_row_is_that_of_the_server(run, server, settings, shape):
-    trainer = run(shape=shape, **NOISY, **settings)
+    trainer = run(shape=shape, **{"max_steps": 2, **NOISY, **settings})
     wrong, total = count_wrong(trainer.forwards, server.answers, MOE_LAYERS)
     assert (wrong, total > 150) == (0, True)
+    assert max(logged(trainer, "routing_replay/staleness")) <= trainer.args.max_staleness + 1
     assert logged(trainer, "routing_replay/replayed_frac") == [1.0] * trainer.args.max_steps
     assert logged(trainer, "routing_replay/missing_frac") == [0.0] * trainer.args.max_steps
     assert min(logged(trainer, "routing_replay/changed_router_frac")) > 0.5  # live routing would have been another
@@ -147,7 +148,7 @@ def make_agent(*args, **settings):
     ids=["clean", "realign", "fork"],
 )
 def test_turns_of_tools(run, server, words, threshold, kind):
-    settings = {"fork_threshold_tokens": threshold, "max_completion_length": 8, "max_steps": 3}
+    settings = {"fork_threshold_tokens": threshold, "max_completion_length": 8, "max_steps": 2}
     trainer = run({"script": calls_a_tool(words)}, build=make_agent, **NOISY, **settings)
     fractions = {name: logged(trainer, f"rollout/{name}_frac")[0] for name in ("fork", "realign")}
     assert fractions == {name: float(name == kind) for name in fractions}
@@ -155,7 +156,7 @@ def test_turns_of_tools(run, server, words, threshold, kind):
     assert len(later) > 8 and {len(each.completion) for each in later}
     wrong, total = count_wrong(trainer.forwards, server.answers, MOE_LAYERS)
     assert (wrong, total > 300) == (0, True)
-    assert logged(trainer, "routing_replay/replayed_frac") == [1.0] * 3
+    assert logged(trainer, "routing_replay/replayed_frac") == [1.0, 1.0]
 
 
 def last_turn_wins(self, matched, turn):
@@ -258,7 +259,7 @@ def test_wrong_records_end_the_run_with_their_words(run, server, behaviour, erro
         return trainers[0]
 
     with pytest.raises(error, match=words):
-        run({**EXACT, **behaviour}, build=build, **JUDGED)
+        run({**EXACT, **behaviour}, build=build, **(JUDGED if error is MisalignedRecordError else {"max_steps": 1}))
     assert [vars(module) for module in names] == before
     assert_given_back(trainers[0])
 

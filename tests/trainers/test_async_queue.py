@@ -26,7 +26,7 @@ from trl_r3.trainers.async_queue import ROW_NUMBER, RoutedCollator, RoutedQueueD
 from trl_r3.trainers.async_worker import RoutedSample
 
 SHAPE = RoutingLayout(moe_layers=(0, 1), num_decoder_layers=2, num_experts=250, top_k=2)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 
 def make_waiting(max_missing=0.0, lets_live=False, is_exact=False):
