@@ -1,14 +1,20 @@
 """A trainer that was made without `__init__`, as TRL's own tests make them, does what TRL's does."""
 
 import pytest
-from trl import GRPOTrainer
+from trl import DistillationTrainer, GRPOTrainer
+from trl.experimental.iw_opd import IWOPDTrainer
+from trl.experimental.sdpo import SDPOTrainer
 
-from trl_r3 import R3GRPOTrainer
-from trl_r3.trainers.mixin import RoutingReplayMixin
+from trl_r3 import R3DistillationTrainer, R3GRPOTrainer, R3IWOPDTrainer, R3SDPOTrainer
 
-OVERRIDDEN = sorted(
-    name for name in vars(RoutingReplayMixin) if callable(getattr(GRPOTrainer, name, None)) and name != "__init__"
-)
+OURS = {R3GRPOTrainer: GRPOTrainer}
+OURS |= {R3DistillationTrainer: DistillationTrainer, R3SDPOTrainer: SDPOTrainer, R3IWOPDTrainer: IWOPDTrainer}
+OVERRIDDEN = [
+    (trainer, name)
+    for trainer, parent in OURS.items()
+    for name in sorted({name for each in trainer.__mro__ if "trl_r3" in each.__module__ for name in vars(each)})
+    if callable(getattr(parent, name, None)) and not name.startswith("__")
+]
 ARGUMENTS = {
     "log": ({"loss": 1.0},),
     "_get_per_token_logps_and_entropies": ("model", "ids", "mask", 3),
@@ -18,22 +24,33 @@ ARGUMENTS = {
     "_prepare_inputs": ([{"prompt": "p"}],),
     "_generate_single_turn": ([[5]], None, {}, 2),
     "_generate_and_score_completions": ([{"prompt": "p"}],),
+    "_get_last_hidden_state": ("model", "ids", "mask", 3),
+    "_forward_logits": ("model", "ids", "mask", 3),
+    "_prepare_training_batch": ([{"prompt": "p"}],),
+    "_generate_student_completions": ([{}], [0]),
+    "compute_loss": ("model", {"input_ids": 0}),
 }
 
 
-@pytest.mark.parametrize("name", OVERRIDDEN)
-def test_each_method_is_the_parents(monkeypatch, name):
+@pytest.mark.parametrize(("trainer", "name"), OVERRIDDEN)
+def test_each_method_is_the_parents(monkeypatch, trainer, name):
     seen = []
-    monkeypatch.setattr(GRPOTrainer, name, lambda self, *args, **kwargs: seen.append(args) or ("told", name))
-    trainer = object.__new__(R3GRPOTrainer)
+    monkeypatch.setattr(OURS[trainer], name, lambda self, *args, **kwargs: seen.append(args) or ("told", name))
     given = ARGUMENTS.get(name, ())
-    result = getattr(trainer, name)(*given)
+    result = getattr(object.__new__(trainer), name)(*given)
     assert [args[: len(given)] for args in seen] == [given]
     assert result == (None if name == "log" else ("told", name))
 
 
 def test_all_methods_that_are_overridden_are_looked_at():
-    assert len(OVERRIDDEN) == 13 and {"train", "training_step", "prediction_step", "log"} <= set(OVERRIDDEN)
+    of = {trainer: {name for each, name in OVERRIDDEN if each is trainer} for trainer in OURS}
+    assert len(of[R3GRPOTrainer]) == 13
+    assert all(
+        {"train", "training_step", "prediction_step", "log", "_prepare_inputs"} <= names for names in of.values()
+    )
+    assert {"_get_last_hidden_state", "_compute_loss"} <= of[R3DistillationTrainer]
+    assert {"_forward_logits", "_generate", "compute_loss", "_prepare_training_batch"} <= of[R3SDPOTrainer]
+    assert {"_generate_student_completions", "compute_loss"} <= of[R3IWOPDTrainer]
 
 
 def test_what_it_holds_is_nothing():

@@ -141,7 +141,8 @@ class ReplayLifecycle(_Trainer):
             loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # of all processes
             self._r3.log.meet()
-            self._r3.loads.meet()
+            if self._r3.loads is not None:
+                self._r3.loads.meet()
         return loss
 
     def prediction_step(self, *args, **kwargs):
@@ -155,7 +156,8 @@ class ReplayLifecycle(_Trainer):
         """`log` of TRL, with the shares that have come together."""
         if self._r3 is not None and not any(name.startswith("eval_") for name in logs):
             logs.update(self._r3.log.collect())  # type: ignore[arg-type]
-            logs.update(self._r3.loads.collect())
+            if self._r3.loads is not None:
+                logs.update(self._r3.loads.collect())
         super().log(logs, start_time)
 
     def _prepare_inputs(self, generation_batch):
@@ -212,7 +214,8 @@ class ReplayLifecycle(_Trainer):
         if error is None and r3.attachment.alarm is not None:
             error = r3.attachment.alarm.judge()
         raise_together(self.accelerator, error)
-        r3.loads.take(r3.rollout.samples, r3.attachment.replay.layout, self.state.global_step)
+        if r3.loads is not None:
+            r3.loads.take(r3.rollout.samples, r3.attachment.replay.layout, self.state.global_step)
 
     @contextmanager
     def _replaying_update(self, inputs: dict[str, Any]) -> Iterator[None]:

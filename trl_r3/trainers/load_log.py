@@ -53,7 +53,7 @@ class LoadLog:
             step (`int`):
                 Optimizer steps that have been taken; several rollouts of a step are counted together.
         """
-        self.follows = self.every > 0 and (self._last is None or step == self._last or step - self._last >= self.every)
+        self.follows = self._last is None or step == self._last or step - self._last >= self.every
         if not self.follows:
             return
         self._last, self._layout = step, layout

@@ -51,7 +51,8 @@ class ReplaySession:
         self.trainer, self.routes, self.masks = trainer, routes, masks
         self.attachment = Attachment(trainer)
         self.log = ReplayLog(trainer.accelerator)
-        self.loads = LoadLog(trainer.accelerator, trainer.args.routing_replay_load_every)
+        every = trainer.args.routing_replay_load_every
+        self.loads = LoadLog(trainer.accelerator, every) if every else None
         self.tracer: Tracer | None = None
         self.turns = Turns()
         self.rollouts = KeptRollouts(earlier)
@@ -233,7 +234,7 @@ class ReplaySession:
         assert alarm is not None  # attached
         judged = self.captures and scoring.has_old_policy
         at_rollout = not scoring.is_update or (self._is_fresh(scoring.samples) and not judged)
-        observes = at_rollout or self.loads.follows
+        observes = at_rollout or (self.loads is not None and self.loads.follows)
         batch = ScoredBatch(scoring.samples, checked.prompt_width, replay.layout, observes, checked)
         source = batch if self.tracer is None else self.tracer.source(batch, scoring)
         with replay.replay_from(source) as stats:
@@ -241,7 +242,8 @@ class ReplaySession:
         batch.check_done()
         if scoring.is_update:
             self.log.add_replay(stats, batch)
-            self.loads.look(batch.observations, scoring.samples, self.trainer.state.global_step, self.log)
+            if self.loads is not None:
+                self.loads.look(batch.observations, scoring.samples, self.trainer.state.global_step, self.log)
         if at_rollout:
             scoring.verdict = alarm.look(batch.observations)
             if scoring.verdict is not None:
