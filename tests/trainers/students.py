@@ -50,9 +50,20 @@ class Forward:
     recomputed: dict[int, list[Tensor]] = field(default_factory=dict)  # likewise, in backward
     hidden: Tensor | None = None  # (B, T, H)
 
+    position_ids: Tensor | None = None  # (1, T) of a row that holds sequences one after the other
+
     def samples(self, calls: dict[int, list[Tensor]]) -> list[tuple[list[int], Tensor]]:
         """Tokens of each sequence without padding, and the rows (T - 1, L, K) that they executed."""
-        rows_BTLK = stacked(calls, len(self.input_ids))
+        return self.split(stacked(calls, len(self.input_ids)))
+
+    def split(self, rows_BTLK: Tensor) -> list[tuple[list[int], Tensor]]:
+        """Tokens of each sequence without padding, and its rows but for the last token."""
+        if self.position_ids is not None:
+            starts = (self.position_ids[0] == 0).nonzero()[:, 0].tolist()
+            ends = [*starts[1:], self.position_ids.shape[1]]
+            return [
+                (self.input_ids[0, a:b].tolist(), rows_BTLK[0, a : b - 1]) for a, b in zip(starts, ends, strict=True)
+            ]
         real_BT = self.attention_mask.bool()
         return [(self.input_ids[i][real].tolist(), rows_BTLK[i][real][:-1]) for i, real in enumerate(real_BT)]
 
@@ -82,6 +93,8 @@ class ForwardWatch:
         mask = torch.ones_like(ids) if mask is None else mask
         generates = kwargs.get("past_key_values") is not None
         self._open = Forward(ids.clone(), mask.clone(), generates, torch.is_grad_enabled(), weights)
+        if not generates and kwargs.get("position_ids") is not None:
+            self._open.position_ids = kwargs["position_ids"].clone()
         self.forwards.append(self._open)
 
     def _leave(self, module, args, output):
@@ -135,8 +148,11 @@ class ForwardWatch:
     def _by_copy(self, one: Forward):
         self.pristine.load_state_dict(one.weights, strict=False)
         decoder = find_causal_lm(self.pristine).model
+        given = {"attention_mask": one.attention_mask}
+        if one.position_ids is not None:
+            given = {"position_ids": one.position_ids}
         with torch.no_grad(), executed_ids(self.pristine) as seen:
-            output = decoder(input_ids=one.input_ids, attention_mask=one.attention_mask, use_cache=False)
+            output = decoder(input_ids=one.input_ids, use_cache=False, **given)
         return output.last_hidden_state, seen
 
 
@@ -161,13 +177,10 @@ def assert_updates_replay(watch: ForwardWatch, rollout=None, recomputes: bool = 
     assert watch.updates
     for one in watch.updates:
         live = watch.live_rows(one)
-        changed = sum(
-            wrong_rows((t, live[i][one.attention_mask[i].bool()][:-1]), rollout)
-            for i, (t, _) in enumerate(one.samples(one.calls))
-        )
+        changed = sum(wrong_rows(sample, rollout) for sample in one.split(live))
         assert changed > 20, "live routing agrees with the record, so replay shows nothing"
         for calls in (one.calls, one.recomputed) if recomputes else (one.calls,):
-            assert [wrong_rows(sample, rollout) for sample in one.samples(calls)] == [0] * len(one.input_ids)
+            assert [wrong_rows(sample, rollout) for sample in one.samples(calls)] == [0] * len(one.split(live))
         assert recomputes == bool(one.recomputed)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._compat import edits
 from .checks import MisalignedRecordError
 from .metrics import expert_load
+from .packed_rows import check_sequences, first_rows, join_records
 from .real_tokens import RealTokens
 from .record import RoutingLayout, align, lay_out, missing_rows
 from .sampling_mask import SamplingMask
@@ -229,33 +230,42 @@ class ScoredBatch:
 
     def take(self, batch_size: int, num_tokens: int, tokens: Tensor | None = None) -> Tensor:
         """Packed ids of shape `(B, T, L, K)` of the next `batch_size` samples: only these go to the device."""
-        first, last = self.scored, self.scored + batch_size
+        first, samples = self.scored, self._next(batch_size)
+        if tokens is not None and self.checked is not None:
+            self.checked.check(first, tokens)
+        elif tokens is not None:
+            check_tokens(samples, tokens, self.prompt_width)
+        prompts = [each.prompt_length for each in samples]
+        self._choose_rows(samples, [i * num_tokens + self.prompt_width - each for i, each in enumerate(prompts)])
+        return align([each.record for each in samples], prompts, self.prompt_width, num_tokens, self.layout)
+
+    def take_packed(self, lengths: Sequence[int], tokens: Tensor | None = None) -> Tensor:
+        """Packed ids of shape `(1, N, L, K)` of the next samples, which a row holds one after the other."""
+        if len(lengths) == 1 and lengths[0] > len(self.samples[self.scored].tokens):  # it is padded, and counted
+            return self.take(1, lengths[0], tokens)
+        samples = self._next(len(lengths))
+        check_sequences(samples, lengths, tokens)
+        self._choose_rows(samples, first_rows(lengths))
+        return join_records(samples, lengths, self.layout)
+
+    def _next(self, count: int) -> Sequence[Sample]:
+        first, last = self.scored, self.scored + count
         if last > len(self.samples):
             raise RuntimeError(
                 f"a forward scores samples {first} to {last - 1}, but the batch has {len(self.samples)}. Replay "
                 "expects every sample to be scored once, in order."
             )
         self.scored = last
-        samples = self.samples[first:last]
-        if tokens is not None and self.checked is not None:
-            self.checked.check(first, tokens)
-        elif tokens is not None:
-            check_tokens(samples, tokens, self.prompt_width)
-        for sample in samples:
+        for sample in self.samples[first:last]:
             rows, missing = sample.count_rows(self.layout)
             self.rows, self.rows_missing = self.rows + rows, self.rows_missing + missing
-        if self.observes:
-            self._choose_rows(samples, num_tokens)
-        records, lengths = [each.record for each in samples], [each.prompt_length for each in samples]
-        return align(records, lengths, self.prompt_width, num_tokens, self.layout)
+        return self.samples[first:last]
 
-    def _choose_rows(self, samples: Sequence[Sample], num_tokens: int) -> None:
+    def _choose_rows(self, samples: Sequence[Sample], first_rows: Sequence[int]) -> None:
+        if not self.observes:
+            return
         self._chosen = [(sample, sample.observed_rows(self.layout)) for sample in samples]
-        positions = [
-            row * num_tokens + self.prompt_width - sample.prompt_length + rows
-            for row, (sample, rows) in enumerate(self._chosen)
-        ]
-        observed = torch.cat(positions)
+        observed = torch.cat([first + rows for first, (_, rows) in zip(first_rows, self._chosen, strict=True)])
         self.observed = observed if len(observed) else None
 
     def observe(self, live_MLK: Tensor) -> None:

@@ -6,13 +6,15 @@ token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .checks import check_rows
+from .packed_rows import sequence_lengths
 from .real_tokens import RealTokens
 from .record import RoutingLayout, missing_rows, pack, select_moe_layers
 
@@ -26,11 +28,24 @@ class RecordSource(Protocol):
     def take(self, batch_size: int, num_tokens: int, tokens: Tensor | None = None) -> Tensor:
         """Packed ids of shape `(B, T, L, K)` for the next forward, of these input ids where it has any."""
 
+    def take_packed(self, lengths: Sequence[int], tokens: Tensor | None = None) -> Tensor:
+        """Packed ids of shape `(1, N, L, K)` for the next forward, whose row holds sequences of these lengths."""
+
     def observe(self, live_MLK: Tensor) -> None:
         """Take the live selection of the rows of `observed`."""
 
     def real(self, mask: Tensor) -> Tensor:
         """(B, T) of `bool`, on the host: which tokens the attention mask of a forward calls real."""
+
+
+def take_record(
+    source: RecordSource, position_ids: Any, batch_size: int, num_tokens: int, tokens: Tensor | None
+) -> Tensor:
+    """Packed ids of shape `(B, T, L, K)` for a forward with these position ids, padded or packed."""
+    lengths = sequence_lengths(position_ids, batch_size, num_tokens)
+    if lengths is None:
+        return source.take(batch_size, num_tokens, tokens)
+    return source.take_packed(lengths, tokens)
 
 
 @dataclass
@@ -78,6 +93,10 @@ class WholeBatch:
     def real(self, mask: Tensor) -> Tensor:
         """Read once, however many forwards use the batch."""
         return self._real.of(mask)
+
+    def take_packed(self, lengths: Sequence[int], tokens: Tensor | None = None) -> Tensor:
+        """The record, likewise: it is laid out as the row is."""
+        return self.take(1, sum(lengths), tokens)
 
     def take(self, batch_size: int, num_tokens: int, tokens: Tensor | None = None) -> Tensor:
         """The record, if it is of the forward's size."""

@@ -140,7 +140,7 @@ class ReplayingPass(RecordingPass):
         observed_M: Tensor | None = None,
     ):
         super().__init__(routers, layout)
-        self.observed_M = observed_M
+        self.observed_M = None if observed_M is None else observed_M.to(replayed_NLK.device)
         self.observed: dict[int, Tensor] = {}  # by MoE layer: (M, K)
         self.replayed_LNK = replayed_NLK.transpose(0, 1).contiguous()
         self.replayed = self.replayed_LNK.unbind(0)
@@ -216,7 +216,14 @@ class RecordedRoutes:
     layout: RoutingLayout
     forwards: list[Tensor] = field(default_factory=list)  # packed (B, T_i, L, K)
     tokens: list[Tensor | None] = field(default_factory=list)  # (B, T_i), where the forward was given input ids
+    positions: list[Tensor | None] = field(default_factory=list)  # likewise of position ids
     real: WhichAreReal | None = None
+
+    def add(self, routes: Tensor, *given: Tensor | None) -> None:
+        """Take a forward, with its input ids and position ids."""
+        self.forwards.append(routes)
+        for kept, ids in zip((self.tokens, self.positions), given, strict=True):
+            kept.append(None if ids is None else ids.clone())  # a view would keep its base
 
     @property
     def packed(self) -> Tensor:

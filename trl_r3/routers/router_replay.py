@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .._compat import in_backward
 from ..records.metrics import ReplayStats
 from ..records.record import missing_rows
-from ..records.sources import RecordSource, WholeBatch
+from ..records.sources import RecordSource, WholeBatch, take_record
 from .attachable import attachable, refuse_compiled
 from .discovery import find_routers
 from .forward_arguments import attended_tokens, get_batch
@@ -262,14 +263,15 @@ class RouterReplay:
         if self.padding is not None and recorded.real is not None:
             pass_.real = self.padding.of_experts(recorded.real(main.shape[:2], kwargs.get("attention_mask")))
         output = self._run(pass_, forward, args, kwargs)
-        recorded.forwards.append(pass_.close().unflatten(0, main.shape[:2]))
-        recorded.tokens.append(None if tokens is None else tokens.clone())  # a view would keep its base
+        recorded.add(pass_.close().unflatten(0, main.shape[:2]), tokens, kwargs.get("position_ids"))
         return output
 
     def _replay_stack(self, source: RecordSource, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
-        record_NLK = source.take(batch_size, num_tokens, tokens).flatten(0, 1)
+        counted = kwargs.get("position_ids")
+        take = source.take if counted is None else partial(take_record, source, counted)
+        record_NLK = take(batch_size, num_tokens, tokens).flatten(0, 1)
         skips = None if self.padding is None else self.padding.rows(source, main, args, kwargs)
         packed = skips if isinstance(skips, PackedBatch) else None
         observed_M = source.observed
@@ -279,13 +281,11 @@ class RouterReplay:
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = self._recomputes or torch.is_grad_enabled()
-        observed_M = None if observed_M is None else observed_M.to(main.device)
         pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M)
         run = forward if self.padding is None else self.padding.around(pass_, skips, forward)
         output = self._run(pass_, run, args, kwargs)
-        live_MLK = pass_.observed_live()
         changed_NL = pass_.close()
-        if live_MLK is not None:
+        if (live_MLK := pass_.observed_live()) is not None:
             source.observe(live_MLK.cpu())
         if self._guard is not None and torch.is_grad_enabled():
             self._guard.replayed += 1

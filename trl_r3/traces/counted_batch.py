@@ -5,6 +5,7 @@ Legend: B batch, T tokens, M rows that are counted, L MoE layers, E experts, K e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,13 @@ class CountedBatch:
     def real(self, mask: Tensor) -> Tensor:
         """What the attention mask of a forward says, on the host."""
         return self.batch.real(mask)
+
+    def take_packed(self, lengths: Sequence[int], tokens: Tensor | None = None) -> Tensor:
+        """Refused: a trace says how its forwards were padded."""
+        raise RuntimeError(
+            f"a forward of {len(lengths)} samples in one row, without padding, cannot be traced: traces are replayed "
+            "by padded forwards. Set `routing_replay_trace_dir=None`, or train with padding."
+        )
 
     def observe(self, live_MLK: Tensor) -> None:
         """Take the live selection of the rows of `observed`."""

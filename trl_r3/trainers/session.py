@@ -22,7 +22,7 @@ from ..engines.vllm_colocate import recorded_llm
 from ..engines.vllm_server import recorded_server
 from ..masks.masked_batch import MaskedBatch
 from ..masks.restricted_head import restricted_head
-from ..records.record import slice_samples
+from ..records.packed_rows import recorded_rows
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from .attaching import Attachment
 from .load_log import LoadLog
@@ -262,10 +262,8 @@ class ReplaySession:
     def _record(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scored]) -> Scored:
         with self.attachment.replay.record() as recorded:
             result = score()
-        routes, samples = torch.cat(recorded.forwards).cpu(), scoring.samples
-        prompts = [sample.prompt_length for sample in samples]
-        completions = [sample.completion_length for sample in samples]
-        rows = slice_samples(routes, checked.prompt_width, prompts, completions)
+        samples, layout = scoring.samples, self.attachment.replay.layout
+        rows = recorded_rows(recorded.forwards, recorded.positions, samples, checked.prompt_width, layout)
         for sample, record in zip(samples, rows, strict=True):
             sample.record = record
         self._spill()
