@@ -99,6 +99,19 @@ def test_recomputes_repeat_their_forward(qwen3, tmp_path, make, kind):
     assert all(torch.equal(as_sets(forward), as_sets(recompute)) for forward, recompute in pairs)
 
 
+@pytest.mark.parametrize("make", [sft, sft_with_lora, dpo], ids=lambda make: make.__name__)
+def test_recomputes_repeat_a_selection_that_lags(qwen3, tmp_path, make):
+    """DPO's reference, which builds no graph, routes live."""
+    model = saved(qwen3(), tmp_path)
+    trainer = make(model, settings(tmp_path, "non-reentrant"))
+    enable_routing_replay(trainer.model, lag=1)
+    with executed_ids(model) as seen:
+        trainer.train()
+    pairs = list(pairs_of(seen))
+    assert len(pairs) == 2 * len(seen) > 0
+    assert all(torch.equal(as_sets(forward), as_sets(recompute)) for forward, recompute in pairs)
+
+
 def test_without_it_they_do_not(qwen3, tmp_path):
     model = saved(qwen3(), tmp_path)
     trainer = plain(model, settings(tmp_path, "reentrant"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,19 @@ from .._compat import find_causal_lm
 from ..records.checks import rows_that_matter
 from ..records.record import MISSING, RoutingLayout, missing_rows, unpack
 from ..records.sources import WholeBatch
+from ..routers.lagging import LaggingPass, OlderRouters
 from ..routers.patches import Patch
 from ..routers.router_replay import RouterReplay
 from .generate import generate_with_routes, setting
 
 
 def enable_routing_replay(
-    model: nn.Module, *, gating: str = "auto", padding: str = "keep", steady_recompute: bool = False
+    model: nn.Module,
+    *,
+    gating: str = "auto",
+    padding: str = "keep",
+    steady_recompute: bool = False,
+    lag: int | None = None,
 ) -> RouterReplay:
     """
     Let a Transformers model record and replay its routing.
@@ -44,6 +51,11 @@ def enable_routing_replay(
             For training without a rollout, with any trainer: every recompute of a gradient checkpoint goes through the
             experts of its own forward. Without it, a router that decides closely may pick others in the recompute,
             which crashes backward or gives wrong gradients.
+        lag (`int`, *optional*):
+            For training without a rollout, too: the selection of each forward that builds a graph is made by router
+            weights that are so many optimizer steps old, from the hidden states of now; its recomputes repeat it. 0 is
+            plain training, bit for bit. DeepSeek-V4's anticipatory routing (arXiv 2606.19348) is more: there the whole
+            model of an earlier step selects, in a forward of its own over data that is fetched ahead.
 
     Returns:
         [`RouterReplay`]: The handle, for `record()` and `replay()`.
@@ -63,7 +75,13 @@ def enable_routing_replay(
     ```
     """
     replay = RouterReplay(model, gating, padding)
-    replay.steady_recompute = steady_recompute
+    replay.steady_recompute = steady_recompute or lag is not None
+    if lag is not None:
+        try:
+            replay.steady_pass = partial(LaggingPass, older=OlderRouters(replay.routers, lag))
+        except ValueError:
+            replay.remove()
+            raise
     lm = find_causal_lm(model)
     if lm is None:
         replay.remove()

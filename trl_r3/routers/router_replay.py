@@ -81,6 +81,7 @@ class RouterReplay:
         self._active = ActivePass(threading.Event())
         self._recomputes = False  # whether a recompute has to go through the experts of its forward
         self.steady_recompute = False  # whether live forwards that build a graph want that, too
+        self.steady_pass: Callable[..., RecordingPass] = RecordingPass  # what these are then
         self._guard: TrainingGuard | None = None
         self._source: RecordSource | None = None
         self._stats: ReplayStats | None = None
@@ -252,7 +253,7 @@ class RouterReplay:
         if not self.steady_recompute:
             return self._run(LivePass(), forward, args, kwargs)
         self._recomputes = True
-        pass_ = RecordingPass(self.routers, self.layout)
+        pass_ = self.steady_pass(self.routers, self.layout)
         output = self._run(pass_, forward, args, kwargs)
         pass_.close()
         return output

@@ -1,0 +1,123 @@
+"""A selection that lags: by router weights some steps old, in forward and recompute; lag 0 is plain training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines.tiny_chat import tiny_qwen3_moe
+from oracles import CHECKPOINTING, as_sets, stacked, use_checkpointing
+
+from trl_r3 import disable_routing_replay, enable_routing_replay
+from trl_r3.cli.experts import executed_ids
+from trl_r3.routers.lagging import OlderRouters
+from trl_r3.routers.router import Router
+
+STEPS = 4
+IDS = torch.randint(4, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def gates(model):
+    return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+
+
+def trained(model, kind, accumulate=1):
+    """Losses, and by step: what experts executed in each call, the routers' inputs, and a copy of their weights."""
+    use_checkpointing(model, kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    steps = []
+    for _ in range(STEPS):
+        kept, inputs = [gate.weight.detach().clone() for gate in gates(model)], []
+
+        def note(module, args, inputs=inputs):
+            inputs.append(args[0].detach().clone())
+
+        handles = [gate.register_forward_pre_hook(note) for gate in gates(model)]
+        with executed_ids(model) as seen:
+            for _ in range(accumulate):
+                loss = model(IDS, labels=IDS, use_cache=False).loss
+                loss.backward()
+        for handle in handles:
+            handle.remove()
+        calls = [stacked(seen, 2, call).flatten(0, 1) for call in range(len(next(iter(seen.values()))))]
+        steps.append((loss.item(), calls, inputs[: len(kept)], kept))
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps
+
+
+def selected(inputs, weights):
+    """(N, L, K): by hand, what router weights select from the hidden states that reached the routers."""
+    return torch.stack([(x.flatten(0, -2) @ w.T).topk(4).indices for x, w in zip(inputs, weights, strict=True)], 1)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+@pytest.mark.parametrize("lag", [1, 2])
+def test_the_selection_is_that_of_a_kept_copy(kind, lag):
+    model = tiny_qwen3_moe()
+    enable_routing_replay(model, lag=lag)
+    steps = trained(model, kind)
+    assert {len(calls) for _, calls, _, _ in steps} == {1 if kind == "none" else 2}
+    changed = 0
+    for at, (_, calls, inputs, now) in enumerate(steps):
+        kept = steps[max(at - lag, 0)][3]
+        for executed in calls:
+            assert torch.equal(as_sets(executed), as_sets(selected(inputs, kept)))
+        changed += int((as_sets(calls[0]) != as_sets(selected(inputs, now))).any(-1).sum())
+    assert changed > 20, "the routers of now select the same, which shows nothing"
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_lag_0_is_plain_training(kind):
+    plain, model = tiny_qwen3_moe(), tiny_qwen3_moe()
+    enable_routing_replay(model, lag=0)
+    expected = [loss for loss, *_ in trained(plain, kind)]
+    assert [loss for loss, *_ in trained(model, kind)] == expected
+    weights = plain.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_is_told_by_the_weights_and_not_by_forwards():
+    """Micro-batches of one step share the selection of one copy."""
+    model = tiny_qwen3_moe()
+    enable_routing_replay(model, lag=1)
+    steps = trained(model, "none", accumulate=3)
+    for at, (_, calls, inputs, _) in enumerate(steps):
+        assert len(calls) == 3
+        for executed in calls:
+            assert torch.equal(as_sets(executed), as_sets(selected(inputs, steps[max(at - 1, 0)][3])))
+
+
+def test_the_model_keeps_its_weights_and_is_given_back():
+    model = tiny_qwen3_moe()
+    own = {name: id(value) for name, value in model.named_parameters()}
+    enable_routing_replay(model, lag=3)
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert {name: id(value) for name, value in model.named_parameters()} == own
+    assert all(gate.weight.grad is not None for gate in gates(model))
+    with torch.no_grad():
+        live = model.eval()(IDS).logits
+    disable_routing_replay(model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, live), "without a graph it routes live"
+
+
+def test_a_negative_lag_is_refused():
+    model = tiny_qwen3_moe()
+    with pytest.raises(ValueError, match="`lag` is -1, but it counts optimizer steps back"):
+        enable_routing_replay(model, lag=-1)
+    enable_routing_replay(model)  # nothing was left on it
+
+
+def test_a_router_beside_its_experts_is_refused():
+    """Its older weights would be a copy of the experts for each step."""
+    block = torch.nn.Module()
+    block.experts = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="selects in the module that holds the experts"):
+        OlderRouters([Router("block", block, 0, 8, 2, 0, None)], 1)
+
+
+def test_a_router_without_its_weights_is_refused():
+    gate = torch.nn.Linear(2, 2, bias=False)
+    gate.weight = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match="weight of gate is sharded"):
+        OlderRouters([Router("gate", gate, 0, 8, 2, 0, None)], 1)
