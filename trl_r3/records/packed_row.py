@@ -86,6 +86,10 @@ class PackedRow:
         around = (self.tree.rows[self.observed + step] for step in (0, -1, 1))
         self.observations.append(Observation(self.tree.owners[self.observed], live_MLK, *around))
 
+    def take_packed(self, lengths: Sequence[int], tokens: Tensor | None = None) -> Tensor:
+        """Likewise, where the positions of the row begin again: its samples share no prefix."""
+        return self.take(1, sum(lengths), tokens)
+
     def real(self, mask: Tensor) -> Tensor:
         """(1, N) of `bool`, on the host: a packed row has no padding of its own."""
         return mask.detach().bool().cpu()

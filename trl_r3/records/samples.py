@@ -15,10 +15,10 @@ from torch import Tensor
 from .._compat import edits
 from .checks import MisalignedRecordError
 from .metrics import expert_load
-from .packed_rows import check_sequences, first_rows, join_records
 from .real_tokens import RealTokens
 from .record import RoutingLayout, align, lay_out, missing_rows
 from .sampling_mask import SamplingMask
+from .unpadded_rows import check_sequences, first_rows, join_records
 
 BYTES_OF_TOKEN = 8  # by [`token_bytes`]
 _OBSERVED_PAIRS = 256  # (row, layer) pairs of a sample whose live selection is looked at: enough to judge it by itself

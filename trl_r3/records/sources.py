@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_rows
-from .packed_rows import sequence_lengths
 from .real_tokens import RealTokens
 from .record import RoutingLayout, missing_rows, pack, select_moe_layers
+from .unpadded_rows import sequence_lengths
 
 
 class RecordSource(Protocol):

@@ -22,8 +22,8 @@ from ..engines.vllm_colocate import recorded_llm
 from ..engines.vllm_server import recorded_server
 from ..masks.masked_batch import MaskedBatch
 from ..masks.restricted_head import restricted_head
-from ..records.packed_rows import recorded_rows
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
+from ..records.unpadded_rows import recorded_rows
 from .attaching import Attachment
 from .load_log import LoadLog
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation

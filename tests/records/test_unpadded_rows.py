@@ -7,8 +7,8 @@ import torch
 from oracles import some_rows
 
 from trl_r3 import MisalignedRecordError, RoutingLayout
-from trl_r3.records.packed_rows import join_records, recorded_rows, sequence_lengths
 from trl_r3.records.samples import Sample, ScoredBatch
+from trl_r3.records.unpadded_rows import join_records, recorded_rows, sequence_lengths
 
 LAYOUT = RoutingLayout((0, 1, 2), 3, 100, 2)
 EQUAL = torch.arange(5, 11)  # tokens of two samples whose routes differ
