@@ -15,7 +15,7 @@ from routers.left_behind import Stop, same_traces, traces
 
 from trl_r3 import RouterReplay, disable_routing_replay, enable_routing_replay
 from trl_r3.cli.experts import executed_ids
-from trl_r3.routers.patches import Patch
+from trl_r3.routers.patches import Patch, attended_tokens, get_batch
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v4", "dbrx", "llama4_text"])
@@ -162,3 +162,21 @@ def test_signature_shows_the_record(qwen, ids, wrapped):
     assert shown.parameters["routed_experts"].default is None
     disable_routing_replay(qwen)
     assert inspect.signature(qwen.forward) == own
+
+
+IDS = torch.zeros(2, 6, dtype=torch.int64)
+MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
+
+
+def test_the_batch_of_a_forward():
+    embeds = torch.zeros(2, 6, 4)
+    ids, main = get_batch((), {"input_ids": None, "inputs_embeds": embeds})
+    assert ids is None and main is embeds
+    assert get_batch((IDS,), {}) == (IDS, IDS)
+    with pytest.raises(RuntimeError, match="neither `input_ids` nor `inputs_embeds`"):
+        get_batch((), {"position_ids": IDS})
+
+
+def test_a_mask_that_says_which_tokens_are_real():
+    assert attended_tokens(MASK, 2, 6).tolist() == MASK.bool().flatten().tolist()
+    assert attended_tokens(MASK[:, :5], 2, 6) is None and attended_tokens(None, 2, 6) is None

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from trl_r3 import R3GRPOTrainer
+from trl_r3.trainers.rollout import Scoring
 
 RUN = {"max_steps": 8, "num_iterations": 2, "steps_per_generation": 2, "learning_rate": 1e-2}  # two rollouts
 
@@ -102,3 +103,23 @@ def test_records_go_before_the_next_rollout_is_made(qwen3, build, tmp_path):
     trainer.train()
     assert held == [0, 0, 0]
     assert min(sizes) > 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "is_update", "has_old_policy"),
+    [
+        (None, False, False),
+        ({"completion_ids": 0}, True, False),
+        ({"old_per_token_logps": 0}, True, True),  # of GRPO
+        ({"old_logps": 0}, True, True),  # of RLOO
+    ],
+)
+def test_what_is_scored(batch, is_update, has_old_policy):
+    scoring = Scoring(batch=batch)
+    assert (scoring.is_update, scoring.has_old_policy) == (is_update, has_old_policy)
+
+
+def test_samples_are_of_one_scoring():
+    one, other = Scoring(), Scoring()
+    one.samples.append(object())
+    assert other.samples == []

@@ -66,26 +66,19 @@ class FedTokens:
 
 
 @contextmanager
-def recorded_as_fed(lm: nn.Module, replay: RouterReplay | None) -> Iterator[RecordedRoutes | None]:
+def recorded_as_fed(lm: nn.Module, replay: RouterReplay) -> Iterator[RecordedRoutes]:
     """
-    Record one call of `generate`. Where the handle skips padding, tokens that nothing follows from go to no expert.
+    Record one call of `generate` with a handle that skips padding: tokens that nothing follows from go to no expert.
 
     Args:
         lm (`torch.nn.Module`):
             The model that generates.
-        replay ([`RouterReplay`], *optional*):
-            Its handle; `None` to record nothing.
+        replay ([`RouterReplay`]):
+            Its handle.
 
     Yields:
-        [`RecordedRoutes`], *optional*.
+        [`RecordedRoutes`].
     """
-    if replay is None:
-        yield None
-        return
-    if replay.padding is None:
-        with replay.record() as recorded:
-            yield recorded
-        return
     fed = FedTokens()
     with noted_ends(lm, fed.note), replay.record(fed.real) as recorded:
         yield recorded

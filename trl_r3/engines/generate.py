@@ -153,22 +153,24 @@ def generate_with_routes(
     lm = find_causal_lm(model)
     sampled = SampledTokens(lm, temperature) if temperature is not None else None
     noted = last_processor(lm, sampled.keep) if keeps and sampled is not None else nullcontext()
+    recording: Any = nullcontext() if replay is None else replay.record()
+    if replay is not None and replay.padding is not None:
+        recording = recorded_as_fed(lm, replay)
     try:
-        with noted, recorded_as_fed(lm, replay) as recorded:
+        with noted, recording as recorded:
             output = generate(*args, **recordable_kwargs(kwargs))
     finally:
         if sampled is not None:
             sampled.remove()
     sequences = output if torch.is_tensor(output) else output.sequences
-    prompts = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
-    width = next(prompt for prompt in prompts if prompt is not None).shape[1]
+    width = next(ids for ids in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if ids is not None).shape[1]
     records = None
     if replay is not None and recorded is not None:
         _check_fed(recorded, sequences, width)
         rows = recorded.packed[:, : sequences.shape[1] - 1]
         records = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 1), value=replay.layout.missing)
     logprobs = None if sampled is None else sampled.logprobs(sequences, width)
-    kept = sampled.kept_at(sequences, width) if keeps and sampled is not None else None
+    kept = None if sampled is None or not keeps else sampled.kept_at(sequences, width)
     return Generated(output, sequences, width, records, logprobs, kept)
 
 

@@ -164,7 +164,7 @@ class CheckedTokens:
 
 def check_tokens(
     samples: Sequence[Sample], input_ids: Tensor, prompt_width: int, mask: Tensor | None = None
-) -> RealTokens:
+) -> RealTokens | None:
     """
     Refuse to replay records on other tokens than those they were made for.
 
@@ -173,7 +173,7 @@ def check_tokens(
             As in [`CheckedTokens`].
 
     Returns:
-        [`RealTokens`]: What the mask says, if there is one.
+        [`RealTokens`], *optional*: What the mask says, if there is one.
 
     Raises:
         [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
@@ -195,7 +195,7 @@ def check_tokens(
             f"{int(expected[row, position])}. Whatever reorders or edits the batch has to index `rollout_samples` "
             "with its other tensors, and to leave the tokens as they are."
         )
-    return RealTokens() if mask is None else RealTokens(mask, seen[1:].view(mask.shape))
+    return None if mask is None else RealTokens(mask, seen[1:].view(mask.shape))
 
 
 @dataclass
@@ -277,7 +277,8 @@ class ScoredBatch:
 
     def real(self, mask: Tensor) -> Tensor:
         """What the attention mask of a forward says, on the host."""
-        return (RealTokens() if self.checked is None else self.checked.real).of(mask)
+        known = None if self.checked is None else self.checked.real
+        return (known or RealTokens()).of(mask)
 
     def check_done(self) -> None:
         """Refuse a pass that left samples out."""

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..records.sources import RecordSource
 from .compaction import CompactExperts, RealRows
-from .forward_arguments import why_padded
 from .packing import PackedAttention, PackedBatch, has_holes
 from .padding_trial import PaddingTrial
 from .patches import ActivePass, Pass
+from .why_padded import why_padded
 
 if TYPE_CHECKING:
     from .router_replay import RouterReplay

@@ -1,4 +1,7 @@
-"""What is put into a model while a handle is on it: methods that are replaced, checkpoints that are tied to a pass."""
+"""What is put into a model while a handle is on it: methods that are replaced, checkpoints that are tied to a pass.
+
+Legend: B batch, T tokens of a sequence, N tokens of a forward (B * T).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import is_grad_enabled, nn
+import torch
+from torch import Tensor, is_grad_enabled, nn
 
 from .._compat import checkpoint_functions
 
@@ -176,3 +180,23 @@ def bound_checkpoints(modules: Sequence[nn.Module], active: ActivePass, pass_: P
 
 def _binding(checkpoint: Callable, active: ActivePass, pass_: Pass) -> Callable:
     return lambda function, *args, **kwargs: checkpoint(active.bind(function, pass_), *args, **kwargs)
+
+
+def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | None:
+    """(N,) of `bool`, where the mask says which tokens are real."""
+    if torch.is_tensor(mask) and mask.shape == (batch_size, num_tokens):
+        return mask.flatten().bool()
+    return None
+
+
+def get_batch(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+    """Input ids (B, T), if the forward has them, and what it starts from: these, or embeddings (B, T, ...)."""
+    embeds: Any = kwargs.get("inputs_embeds")
+    ids: Any = kwargs.get("input_ids", args[0] if args else None)
+    main = ids if torch.is_tensor(ids) and embeds is None else embeds
+    if not torch.is_tensor(main) or main.ndim < 2:
+        raise RuntimeError(
+            f"the decoder was called with {sorted(kwargs)} and {len(args)} positional arguments, but neither "
+            "`input_ids` nor `inputs_embeds` is a batch among them. Pass one of them by name."
+        )
+    return (ids if torch.is_tensor(ids) and ids.ndim == 2 else None), main

@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import in_backward
+from .._compat import in_backward, is_compiled
 from ..records.metrics import ReplayStats
 from ..records.record import missing_rows
 from ..records.sources import RecordSource, WholeBatch, take_record
 from .attachable import attachable, refuse_compiled
 from .discovery import find_routers
-from .forward_arguments import attended_tokens, get_batch
 from .gated import GatedRouter
 from .packing import PackedBatch
 from .padding import Padding, check_padding
 from .passes import LivePass, RecordedRoutes, RecordingPass, ReplayingPass, TrainingGuard, WhichAreReal
-from .patches import ActivePass, CurrentModules, Pass, Patch, bound_checkpoints
+from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch
 
 GATINGS = ("auto", "intercept", "op")
 
@@ -233,7 +232,8 @@ class RouterReplay:
                 "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
             )
         steadies = self.steady_recompute and torch.is_grad_enabled()
-        if self._source is not None or self._recorded is not None or steadies:
+        is_used = self._source is not None or self._recorded is not None or steadies
+        if is_used and any(map(is_compiled, self._compilable)):
             refuse_compiled(self._compilable)
         if self._source is not None:
             return self._replay_stack(self._source, forward, args, kwargs)

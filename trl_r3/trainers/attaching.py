@@ -26,6 +26,15 @@ class ReplayingTrainer(SamplingTrainer, Protocol):
     state: Any
 
 
+class ScoringTrainer(ReplayingTrainer, Protocol):
+    """What a session asks of a trainer, beside what attaching does."""
+
+    ref_model: Any
+    top_p: float
+    top_k: int
+    min_p: float | None
+
+
 class Attachment:
     """
     Routing replay on the policy of a trainer, and the alarm, for the time of a training.

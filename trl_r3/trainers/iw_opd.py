@@ -10,7 +10,7 @@ from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from .._compat import buffered_inputs
 from .config import RoutingReplayConfigMixin
 from .lifecycle import ReplayLifecycle
-from .scoring import Scoring
+from .rollout import Scoring
 from .students import check_student_config
 
 

@@ -15,8 +15,7 @@ from ..routers.router_replay import RouterReplay
 from .checkpoints import whole_checkpoint
 from .construction import check_generation, check_setup, check_shards, config_from, recording_engine, warn_if_off
 from .log import counted_tokens, raise_together
-from .rollout import note_rows_that_matter
-from .scoring import Scoring
+from .rollout import Scoring, note_rows_that_matter
 from .session import ReplaySession
 
 _Trainer: Any = object  # one of TRL's, which have no annotated base in common

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..alarm.evidence import Verdict
 from ..engines.known_routes import KnownRoutes
 from ..engines.turns import MakeTurn, Prompts, RolloutRecord, Turn
 from ..records.checks import MisalignedRecordError, rows_that_matter
@@ -228,3 +229,24 @@ class KeptRollouts:
 def _remove_files(rollouts: list[Rollout]) -> None:
     for rollout in rollouts:
         rollout.remove_files()
+
+
+@dataclass
+class Scoring:
+    """What the passes inside one call of TRL score."""
+
+    samples: list[Sample] = field(default_factory=list)  # once there are completions
+    batch: dict[str, Any] | None = None  # of an update; without it: the passes over a fresh rollout
+    goes_live: bool = False  # whether routing is live on purpose, to compare with
+    old_logprobs: Tensor | None = None  # (B, C), if there is an old-policy pass
+    verdict: Verdict | None = None  # what live routing said of the records
+
+    @property
+    def is_update(self) -> bool:
+        """Whether a loss is computed."""
+        return self.batch is not None
+
+    @property
+    def has_old_policy(self) -> bool:
+        """Whether TRL has scored the old policy for the batch of this update."""
+        return self.batch is not None and not self.batch.keys().isdisjoint(("old_per_token_logps", "old_logps"))

@@ -24,14 +24,14 @@ from ..masks.masked_batch import MaskedBatch
 from ..masks.restricted_head import restricted_head
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from ..records.unpadded_rows import recorded_rows
-from .attaching import Attachment
+from .attaching import Attachment, ScoringTrainer
 from .load_log import LoadLog
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
-from .rollout import KeptRollouts, Rollout, Turns, note_rows_that_matter
-from .scoring import Scores, Scoring, ScoringTrainer
+from .rollout import KeptRollouts, Rollout, Scoring, Turns, note_rows_that_matter
 from .tracer import Tracer
 
 Scored = TypeVar("Scored")  # what a forward of TRL returns
+Scores = tuple[Tensor, Tensor | None]  # (B, C) log-probabilities and entropies
 
 
 class ReplaySession:
@@ -184,7 +184,8 @@ class ReplaySession:
         replays = self.routes and is_policy and not scoring.goes_live
         if not replays and not self.masks:
             return score()
-        checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep, attention_mask)
+        mask = attention_mask if replays and self.attachment.replay.padding is not None else None
+        checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep, mask)
         if not scoring.is_update and not scoring.goes_live:  # the loss is not known yet, what TRL cuts out is
             note_rows_that_matter(scoring.samples, attention_mask[:, checked.prompt_width :])
         head: AbstractContextManager = nullcontext()

@@ -1,9 +1,9 @@
-"""What a forward was given, and what of it speaks against packing it."""
+"""What of a forward's arguments speaks against packing it."""
 
 import pytest
 import torch
 
-from trl_r3.routers.forward_arguments import attended_tokens, get_batch, why_padded
+from trl_r3.routers.why_padded import why_padded
 
 IDS = torch.zeros(2, 6, dtype=torch.int64)
 MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
@@ -31,16 +31,5 @@ def test_arguments_that_speak_against_it(changes, text):
 
 
 def test_embeddings_are_a_batch():
-    embeds = torch.zeros(2, 6, 4)
-    kwargs = {"input_ids": None, "inputs_embeds": embeds, "attention_mask": MASK}
+    kwargs = {"input_ids": None, "inputs_embeds": torch.zeros(2, 6, 4), "attention_mask": MASK}
     assert why_padded((), kwargs) is None
-    ids, main = get_batch((), kwargs)
-    assert ids is None and main is embeds
-    assert get_batch((IDS,), {}) == (IDS, IDS)
-    with pytest.raises(RuntimeError, match="neither `input_ids` nor `inputs_embeds`"):
-        get_batch((), {"position_ids": IDS})
-
-
-def test_a_mask_that_says_which_tokens_are_real():
-    assert attended_tokens(MASK, 2, 6).tolist() == MASK.bool().flatten().tolist()
-    assert attended_tokens(MASK[:, :5], 2, 6) is None and attended_tokens(None, 2, 6) is None

@@ -1,35 +1,10 @@
-"""What a forward of the module above the decoder layers was given.
-
-Legend: B batch, T tokens of a sequence, N tokens of a forward (B * T).
-"""
+"""What of the arguments of a forward speaks against packing it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
-
-
-def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | None:
-    """(N,) of `bool`, where the mask says which tokens are real."""
-    if torch.is_tensor(mask) and mask.shape == (batch_size, num_tokens):
-        return mask.flatten().bool()
-    return None
-
-
-def get_batch(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
-    """Input ids (B, T), if the forward has them, and what it starts from: these, or embeddings (B, T, ...)."""
-    embeds = kwargs.get("inputs_embeds")
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    main = ids if torch.is_tensor(ids) and embeds is None else embeds
-    if not torch.is_tensor(main) or main.ndim < 2:
-        raise RuntimeError(
-            f"the decoder was called with {sorted(kwargs)} and {len(args)} positional arguments, but neither "
-            "`input_ids` nor `inputs_embeds` is a batch among them. Pass one of them by name."
-        )
-    return (ids if torch.is_tensor(ids) and ids.ndim == 2 else None), main
-
 
 _OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")  # what is packed
 
