@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 from trl.experimental.async_grpo.vllm_client import VLLMClient
 
 from trl_r3 import R3AsyncGRPOConfig
-from trl_r3.trainers.async_construction import check_async_config, check_server, check_worker, warn_of_ratio
+from trl_r3.trainers.async_construction import _ONLY, check_async_config, check_server, check_worker, warn_of_ratio
+from trl_r3.trainers.config import RoutingReplayConfigMixin
 
 
 def config(**settings):
@@ -23,6 +25,7 @@ def config(**settings):
     [
         ({"routing_replay_mode": "R2"}, "there is no old-policy forward .* `routing_replay_mode='R3'`"),
         ({"routing_replay_compare_every": 2}, "TRL scores a batch once. Set `routing_replay_compare_every=0`"),
+        ({"routing_replay_load_every": 3}, "no rollouts to log the load of. Set `routing_replay_load_every=0`"),
         ({"routing_replay_padding": "auto"}, "packed rows have no padding. Set `routing_replay_padding='keep'`"),
         ({"routing_replay_trace_dir": "traces"}, "a trace holds a whole rollout. Set `routing_replay_trace_dir=None`"),
         ({"routing_replay_spill_dir": "spill"}, "records wait in the queue"),
@@ -102,3 +105,11 @@ def test_what_does_not_is_not(settings, mode):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_ratio(args, {"model_config": {"logprobs_mode": mode}})
+
+
+def test_every_setting_of_replay_is_used_or_refused():
+    """A setting that somebody adds for other trainers must not be without effect here."""
+    used = {"use_routing_replay", "routing_replay_max_missing", "routing_replay_gating", "routing_replay_alarm"}
+    with_traces = {"routing_replay_trace_every"}
+    known = {field.name for field in dataclasses.fields(RoutingReplayConfigMixin)}
+    assert known == used | with_traces | set(_ONLY)

@@ -18,6 +18,7 @@ SHARED_ROWS = ("first", "exact")
 _ONLY = {  # settings of replay that have one value here, and why
     "routing_replay_mode": ("R3", "there is no old-policy forward that could record"),
     "routing_replay_compare_every": (0, "TRL scores a batch once"),
+    "routing_replay_load_every": (0, "there are no rollouts to log the load of"),
     "routing_replay_padding": ("keep", "its packed rows have no padding"),
     "routing_replay_trace_dir": (None, "a trace holds a whole rollout"),
     "routing_replay_spill_dir": (None, "records wait in the queue, not for a whole rollout"),
