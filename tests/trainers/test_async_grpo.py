@@ -64,7 +64,7 @@ NOISY = {"routing_replay_alarm": "off"}  # the noise of the server is no roundin
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
-        (CHECKPOINTING["non_reentrant"] | {"max_staleness": 4, "max_steps": 4}, {}),
+        (CHECKPOINTING["non_reentrant"] | {"max_staleness": 4, "max_steps": 4, "max_inflight_tasks": 16}, {}),
         (CHECKPOINTING["reentrant"] | {"max_staleness": 0}, {}),
         (CHECKPOINTING["none"] | {"max_staleness": 2, "max_steps": 3}, {}),
         ({"token_budget": 64, "weight_sync_steps": 2, "max_steps": 3}, {}),
@@ -78,6 +78,9 @@ def test_every_row_is_that_of_the_server(run, server, settings, shape):
     wrong, total = count_wrong(trainer.forwards, server.answers, MOE_LAYERS)
     assert (wrong, total > 150) == (0, True)
     assert max(logged(trainer, "routing_replay/staleness")) <= trainer.args.max_staleness + 1
+    if trainer.args.max_inflight_tasks == 16:  # more than are trained: some are answered across an update
+        across = [each for each in server.answers if each.updates[0] != each.updates[1]]
+        assert len(across) > 4 and max(logged(trainer, "routing_replay/spanning_frac")) > 0
     assert logged(trainer, "routing_replay/replayed_frac") == [1.0] * trainer.args.max_steps
     assert logged(trainer, "routing_replay/missing_frac") == [0.0] * trainer.args.max_steps
     assert min(logged(trainer, "routing_replay/changed_router_frac")) > 0.5  # live routing would have been another
@@ -192,16 +195,6 @@ def test_wrong_variants_are_seen(run, server, monkeypatch, owner, name, wrong):
     trainer = run({"script": script, "leaves_out": False}, build=make_agent, **NOISY, **settings)
     wrong, total = count_wrong(trainer.forwards, server.answers, MOE_LAYERS)
     assert wrong > 0.03 * total
-
-
-def test_requests_across_an_update(run, server):
-    """They are answered with routes of the new weights, and counted."""
-    trainer = run(**NOISY, max_inflight_tasks=16)
-    across = [each for each in server.answers if each.updates[0] != each.updates[1]]
-    assert len(across) > 4
-    assert max(logged(trainer, "routing_replay/spanning_frac")) > 0
-    wrong, _ = count_wrong(trainer.forwards, server.answers, MOE_LAYERS)
-    assert wrong == 0
 
 
 def test_requests_across_an_update_can_go_live(run, server):
