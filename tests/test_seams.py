@@ -775,7 +775,15 @@ SEAMS = [
     *(
         Seam("trainers/async_grpo.py", f"AsyncGRPOTrainer.{name}", lambda n=name: hasattr(ASYNC_TRAINER, n))
         for name in (
-            *("_sync_weight", "compute_loss", "training_step", "log", "train", "get_train_dataloader"),
+            *(
+                "_sync_weight",
+                "_sync_weight_merged",
+                "compute_loss",
+                "training_step",
+                "log",
+                "train",
+                "get_train_dataloader",
+            ),
             *("_prepare_for_training", "_load_from_checkpoint", "_paper", "_name", "_tag_names"),
         )
     ),
@@ -783,6 +791,15 @@ SEAMS = [
         "trainers/async_session.py",
         "AsyncGRPOTrainer sets rollout_worker and model_version",
         lambda: sets(ASYNC_TRAINER, "rollout_worker", "vllm_client", "model_version"),
+    ),
+    Seam(
+        "trainers/async_session.py",
+        "AsyncGRPOTrainer sets weight_transfer, and reads named_parameters between merge_adapter and unmerge_adapter",
+        lambda: (
+            sets(ASYNC_TRAINER, "weight_transfer")
+            and calls(ASYNC_TRAINER._sync_weight_merged, "merge_adapter", "send_weights", "unmerge_adapter")
+            and calls(async_grpo_trainer._iter_vllm_named_params, "named_parameters")
+        ),
     ),
     Seam(
         "trainers/async_grpo.py",

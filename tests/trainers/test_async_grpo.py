@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from engines.fake_vllm import serving
 from engines.model_server import CopiedWeights, ModelServer
 from engines.script import ids_of, look
@@ -313,6 +314,33 @@ def test_a_rollout_process_that_dies_ends_the_run(run):
     with pytest.raises(RuntimeError, match="Rollout worker child has failed") as raised:
         run(**NOISY, reward=no_reward)
     assert "no reward for this" in str(raised.value.__cause__)
+
+
+class SendsNothing(CopiedWeights):
+    """As where a worker of one's own takes care of the weights."""
+
+    def send_weights(self, iterator):
+        self.sent += 1
+
+
+@pytest.mark.parametrize("transfer", [CopiedWeights, SendsNothing])
+def test_the_base_of_an_adapter_keeps_its_bits(run, server, transfer):
+    """TRL merges into it and takes the adapter out again, which bfloat16 rounds."""
+    before, sent = {}, []
+
+    def build(*args, **settings):
+        sent.append(transfer(server))
+        trainer = make_trainer(*args, **{**settings, "transfer": sent[0]})
+        layers = {name: each for name, each in trainer.model.named_modules() if name.endswith("base_layer")}
+        before.update({name: each.weight.detach().clone() for name, each in layers.items()})
+        return trainer
+
+    adapters = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    settings = {"dtype": "bfloat16", "max_steps": 2, "peft_config": adapters}
+    trainer = run(build=build, **NOISY, **settings)
+    assert sent[0].sent == 3 and len(before) == 8
+    assert all(torch.equal(trainer.model.get_submodule(name).weight, bits) for name, bits in before.items())
+    assert "send_weights" not in vars(sent[0])
 
 
 @pytest.fixture

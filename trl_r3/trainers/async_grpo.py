@@ -150,6 +150,12 @@ class R3AsyncGRPOTrainer(AsyncGRPOTrainer):
         if self._r3 is not None:
             self._r3.synced_at = self.state.global_step
 
+    def _sync_weight_merged(self, *args, **kwargs):
+        if self._r3 is None:
+            return super()._sync_weight_merged(*args, **kwargs)
+        with self._r3.keeping_base():
+            return super()._sync_weight_merged(*args, **kwargs)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         """`compute_loss` of TRL, through the record of its packed row."""
         if self._r3 is None:

@@ -5,6 +5,7 @@ Legend: N forwarded tokens of a row, L MoE layers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from trl.experimental.async_grpo import async_grpo_trainer
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 from .._compat import swapped
+from ..engines.weight_sync import merged_copies
 from ..records.metrics import ASYNC_SHARES, ReplayStats
 from ..records.packed_row import PackedRow
 from ._compat_trainers import attending_plainly, stopping_if_alive
@@ -79,6 +81,25 @@ class AsyncReplaySession:
             swapped(async_grpo_trainer, "RolloutQueueDataset", dataset),
             swapped(async_grpo_trainer, "DataCollatorForRollout", collator),
         ):
+            yield
+
+    @contextmanager
+    def keeping_base(self) -> Iterator[None]:
+        """Let the weights that TRL sends inside be merged copies: the base of an adapter stays as it is."""
+        model, transfer = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.weight_transfer
+        if not hasattr(model, "merge_adapter"):
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(merged_copies(model, self.trainer.accelerator.device))
+            if transfer is not None:  # on the main process
+                own = transfer.send_weights
+
+                def send_weights(weights: Iterator) -> None:
+                    own(weights)
+                    deque(weights, maxlen=0)  # one that sends none reads none, and other processes read all
+
+                stack.enter_context(swapped(transfer, "send_weights", send_weights))
             yield
 
     @contextmanager
