@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -314,6 +318,34 @@ def test_a_rollout_process_that_dies_ends_the_run(run):
     with pytest.raises(RuntimeError, match="Rollout worker child has failed") as raised:
         run(**NOISY, reward=no_reward)
     assert "no reward for this" in str(raised.value.__cause__)
+
+
+def test_a_run_that_resumes(run, server, tmp_path):
+    """Versions go on counting, experts of the checkpoint are there, and rows are those of the server."""
+    first = run(**NOISY, max_steps=1, save_strategy="steps", save_steps=1)
+    saved = {name: weight.clone() for name, weight in first.model.state_dict().items()}
+    begun = []
+
+    def resuming(*args, **settings):
+        trainer = make_trainer(*args, **settings)
+        own = trainer._sync_weight
+        trainer._sync_weight = lambda: begun.append(copy.deepcopy(trainer.model.state_dict())) or own()
+        return Resumed(
+            trainer, functools.partial(trainer.train, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        )
+
+    trainer = run(build=resuming, **NOISY, max_steps=3).trainer
+    assert all(torch.equal(saved[name], weight) for name, weight in begun[0].items())
+    assert [one.step for one in trainer.forwards] == [1, 1, 2, 2]
+    wrong, total = count_wrong(trainer.forwards, server.answers, MOE_LAYERS)
+    assert (wrong, total > 100) == (0, True)
+    assert logged(trainer, "routing_replay/staleness")[-2] == 0  # the weights were sent before anything was rolled out
+
+
+@dataclass
+class Resumed:
+    trainer: WatchedAsync
+    train: Callable
 
 
 class SendsNothing(CopiedWeights):
