@@ -21,6 +21,7 @@ MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
         ({"output_attentions": True}, "asked for output_attentions"),
         ({"visual_pos_masks": MASK.bool()}, "is given visual_pos_masks of"),
         ({"past_key_values": object()}, "asked for a cache"),
+        ({"cache": object()}, "asked for a cache"),
     ],
 )
 def test_arguments_that_speak_against_it(changes, text):

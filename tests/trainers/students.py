@@ -91,7 +91,7 @@ class ForwardWatch:
         mask = kwargs.get("attention_mask")
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         mask = torch.ones_like(ids) if mask is None else mask
-        generates = kwargs.get("past_key_values") is not None
+        generates = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         self._open = Forward(ids.clone(), mask.clone(), generates, torch.is_grad_enabled(), weights)
         if not generates and kwargs.get("position_ids") is not None:
             self._open.position_ids = kwargs["position_ids"].clone()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 _OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")  # what is packed
+_CACHES = ("cache", "past_key_values")  # its name from Transformers 5.24 on, and before
 
 
 def _is_of(value: Any, size: torch.Size) -> bool:
@@ -28,6 +29,6 @@ def why_padded(args: tuple, kwargs: dict[str, Any]) -> str | None:
     if beside:
         return f"it is given {', '.join(beside)} of (batch, tokens)"
     asked = [name for name in ("output_hidden_states", "output_attentions", "use_cache") if kwargs.get(name)]
-    if kwargs.get("past_key_values") is not None or asked:
+    if asked or any(kwargs.get(name) is not None for name in _CACHES):
         return f"it is asked for {', '.join(asked) or 'a cache'}"
     return None
