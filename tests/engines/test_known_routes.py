@@ -113,7 +113,8 @@ def test_one_record_a_conversation_is_kept():
 
 def test_rollouts_of_one_turn_keep_nothing():
     """Nothing is looked for, and nothing kept, where no later turn can go on."""
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), args=None, tools=[])
+    args = SimpleNamespace(routing_replay_load_every=0)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), args=args, tools=[])
     session = ReplaySession(trainer, routes=True, masks=False)
     session.begin_turns()
     assert session.turns.known is None

@@ -34,11 +34,10 @@ def check_arguments(args: Namespace) -> None:
         check_engine_url(args.engine, args.url)
         if args.trace is not None and not args.trace.is_file():
             raise BadInput(f"there is no trace {args.trace}. Pass a file that `routing_replay_trace_dir` holds.")
-    if args.command in ("check", "verify"):
-        if args.dtype not in _DTYPES:
-            parse_dtype(args.dtype)
-        if args.device not in (None, "cpu"):
-            parse_device(args.device)
+    if args.command in ("check", "verify") and args.dtype not in _DTYPES:
+        parse_dtype(args.dtype)
+    if args.command == "check" and args.device != "cpu":  # in a launch, `verify` takes none
+        parse_device(args.device)
 
 
 def check_run_folder(folder: Path) -> None:
