@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -113,3 +115,10 @@ def test_every_setting_of_replay_is_used_or_refused():
     with_traces = {"routing_replay_trace_every"}
     known = {field.name for field in dataclasses.fields(RoutingReplayConfigMixin)}
     assert known == used | with_traces | set(_ONLY)
+
+
+def test_the_trainer_is_imported_where_nothing_talks_to_a_server():
+    """Without `requests`, which is no requirement of TRL."""
+    script = "import sys; sys.modules['requests'] = None; import trl_r3; print(trl_r3.R3AsyncGRPOTrainer.__name__)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.split() == ["R3AsyncGRPOTrainer"], run.stderr[-2000:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import requests
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 from ..engines.vllm_server import returns_routes
@@ -99,6 +98,8 @@ def check_server(client: Any, model: str) -> dict[str, Any]:
     Raises:
         `ValueError`: With the line that starts one which does.
     """
+    import requests  # which TRL needs for a server only
+
     client.wait_for_server_ready()
     version = requests.get(f"{client.server_url}/version", timeout=_TIMEOUT).json()["version"]
     check_vllm_version(version)
