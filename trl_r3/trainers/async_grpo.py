@@ -7,7 +7,6 @@ from typing import Any
 
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
-from ..routers.router_replay import RouterReplay
 from .async_construction import (
     IN_FLIGHT,
     SHARED_ROWS,
@@ -18,11 +17,10 @@ from .async_construction import (
 )
 from .async_queue import ROW_NUMBER
 from .async_session import AsyncReplaySession
-from .checkpoints import whole_checkpoint
 from .config import RoutingReplayConfigMixin
 from .construction import check_setup, check_shards, config_from, warn_if_off
+from .lifecycle import AttachedTrainer
 from .log import make_together
-from .mixin import RoutingReplayMixin
 
 
 @dataclass
@@ -34,9 +32,9 @@ class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
 
     Parameters:
         routing_replay_in_flight (`str`, *optional*, defaults to `"replay"`):
-            What becomes of requests that were answered across an update of the server's weights. Their routes are
-            those of the new weights, their log-probabilities those of the old: `"replay"` replays them all the same,
-            `"live"` lets their rows route live, which counts as missing but is no error.
+            What becomes of requests that were answered across an update of the server's weights. Their routes
+            and log-probabilities are in part of the weights before, in part of those behind it: `"replay"` replays
+            them, `"live"` lets their rows route live, which counts as missing but is no error.
         routing_replay_shared_rows (`str`, *optional*, defaults to `"first"`):
             What becomes of a token that samples of a packed row share, but with different experts: `"first"` forwards
             it once, with the record of the first of them, `"exact"` once for each record.
@@ -64,7 +62,7 @@ class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
         check_async_config(self)
 
 
-class R3AsyncGRPOTrainer(AsyncGRPOTrainer):
+class R3AsyncGRPOTrainer(AttachedTrainer, AsyncGRPOTrainer):
     """
     [`~trl.experimental.async_grpo.AsyncGRPOTrainer`] with Rollout Routing Replay. Arguments are those of the parent.
 
@@ -81,9 +79,8 @@ class R3AsyncGRPOTrainer(AsyncGRPOTrainer):
 
     _tag_names = ["trl", "async-grpo", "r3"]
     _name = "AsyncGRPO with Rollout Routing Replay (R3)"
-    _paper = RoutingReplayMixin._paper
 
-    _r3: AsyncReplaySession | None = None  # where nothing is replayed the trainer is TRL's
+    _r3: AsyncReplaySession | None = None
 
     def __init__(self, *args, **kwargs):
         config: Any = config_from(args, kwargs)
@@ -107,36 +104,6 @@ class R3AsyncGRPOTrainer(AsyncGRPOTrainer):
             model: Any = self.model
             check_worker(self.rollout_worker)
             warn_of_ratio(self.args, check_server(self.vllm_client, model.config._name_or_path))
-
-    @property
-    def routing_replay(self) -> RouterReplay:
-        """
-        The handle on the policy, while it trains. Before and after `train()` it is one that was removed: it says which
-        routers there are (`layout`) and replays nothing.
-        """
-        if self._r3 is None:
-            raise RuntimeError("this trainer does not replay routes. Set `use_routing_replay=True`.")
-        return self._r3.attachment.handle
-
-    def train(self, *args, **kwargs):
-        """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self._r3 is not None:
-                self._r3.end()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
-        """Of Transformers, which restores no experts of a full fine-tune."""
-        with whole_checkpoint(self, lambda: resume_from_checkpoint):
-            return super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-
-    def _prepare_for_training(self, *args, **kwargs):
-        """Of Transformers, when weights are sharded: here the routers are as they will train."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._r3 is not None:
-            self._r3.attach()
-        return prepared
 
     def get_train_dataloader(self):
         """`get_train_dataloader` of TRL, whose samples and rows come with their records."""

@@ -44,6 +44,8 @@ class AsyncReplaySession:
             The trainer.
     """
 
+    routes = True  # without them there is no session
+
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.attachment = TreeAttachment(trainer)

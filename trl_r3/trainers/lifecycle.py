@@ -21,21 +21,10 @@ from .session import ReplaySession
 _Trainer: Any = object  # one of TRL's, which have no annotated base in common
 
 
-class ReplayLifecycle(_Trainer):
-    """
-    What replay needs of any trainer that rolls out: it is attached while the trainer trains, and each step is watched.
+class AttachedTrainer(_Trainer):
+    """A trainer of TRL whose policy replays from when it has been prepared until training is over."""
 
-    A subclass overrides the methods in which its trainer rolls out ([`ReplayLifecycle._recording_rollout`]), updates
-    ([`ReplayLifecycle._replaying_update`]) and scores.
-    """
-
-    model: Any  # the policy, which TRL's trainers set
-
-    kept_rollouts: int = 0
-    """Earlier batches whose samples can still be trained on, for a subclass with a replay buffer: their records stay
-    in memory, or in files, until so many batches have been rolled out after them."""
-
-    _r3: ReplaySession | None = None  # where nothing is replayed the trainer is TRL's
+    _r3: Any = None  # the session; where nothing is replayed the trainer is TRL's
 
     _paper = {
         "title": "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers",
@@ -50,28 +39,6 @@ class ReplayLifecycle(_Trainer):
             }"""),
     }
 
-    def __init__(self, *args, **kwargs):
-        self._check_parent()
-        config = config_from(args, kwargs)
-        routes = bool(getattr(config, "use_routing_replay", False))
-        masks = bool(getattr(config, "use_sampling_mask_replay", False))
-        check_setup(config, kwargs.get("model", args[0] if args else None), routes, masks)
-        with recording_engine(config, routes, masks):
-            super().__init__(*args, **kwargs)
-        if self.use_vllm:
-            keep_base(self.vllm_generation)
-        if not masks:
-            self._warn_of_sampling()
-        if not routes and not masks:
-            warn_if_off(type(self), config)
-            return
-        check_generation(self, routes)
-        session = ReplaySession(self, routes, masks, self.kept_rollouts)
-        if routes:
-            check_shards(self.accelerator)
-            session.attachment.try_on()
-        self._r3 = session
-
     @property
     def routing_replay(self) -> RouterReplay:
         """
@@ -81,29 +48,6 @@ class ReplayLifecycle(_Trainer):
         if self._r3 is None or not self._r3.routes:
             raise RuntimeError("this trainer does not replay routes. Set `use_routing_replay=True`.")
         return self._r3.attachment.handle
-
-    @property
-    def rollout_samples(self) -> list[Sample]:
-        """The samples of the batch that is trained on, each with its tokens, record and sampling mask."""
-        return [] if self._r3 is None else self._r3.rollouts.samples
-
-    @contextmanager
-    def live_routing(self) -> Iterator[None]:
-        """
-        Let forwards of a training step go live on purpose, which is an error elsewhere. Their rows are logged as not
-        replayed.
-
-        Example:
-
-        ```python
-        >>> with trainer.live_routing():
-        ...     auxiliary = model(input_ids=other_ids).logits
-        ```
-        """
-        guard = self.routing_replay.guard or TrainingGuard()
-        assert self._r3 is not None  # it has the handle
-        with self._r3.scores(None), guard.live_on_purpose():
-            yield
 
     def train(self, *args, **kwargs):
         """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
@@ -129,6 +73,68 @@ class ReplayLifecycle(_Trainer):
         if self._r3 is not None and self._r3.routes:
             self._r3.attach()
         return prepared
+
+
+class ReplayLifecycle(AttachedTrainer):
+    """
+    What replay needs of any trainer that rolls out: it is attached while the trainer trains, and each step is watched.
+
+    A subclass overrides the methods in which its trainer rolls out ([`ReplayLifecycle._recording_rollout`]), updates
+    ([`ReplayLifecycle._replaying_update`]) and scores.
+    """
+
+    model: Any  # the policy, which TRL's trainers set
+
+    kept_rollouts: int = 0
+    """Earlier batches whose samples can still be trained on, for a subclass with a replay buffer: their records stay
+    in memory, or in files, until so many batches have been rolled out after them."""
+
+    _r3: ReplaySession | None = None
+
+    def __init__(self, *args, **kwargs):
+        self._check_parent()
+        config = config_from(args, kwargs)
+        routes = bool(getattr(config, "use_routing_replay", False))
+        masks = bool(getattr(config, "use_sampling_mask_replay", False))
+        check_setup(config, kwargs.get("model", args[0] if args else None), routes, masks)
+        with recording_engine(config, routes, masks):
+            super().__init__(*args, **kwargs)
+        if self.use_vllm:
+            keep_base(self.vllm_generation)
+        if not masks:
+            self._warn_of_sampling()
+        if not routes and not masks:
+            warn_if_off(type(self), config)
+            return
+        check_generation(self, routes)
+        session = ReplaySession(self, routes, masks, self.kept_rollouts)
+        if routes:
+            check_shards(self.accelerator)
+            session.attachment.try_on()
+        self._r3 = session
+
+    @property
+    def rollout_samples(self) -> list[Sample]:
+        """The samples of the batch that is trained on, each with its tokens, record and sampling mask."""
+        return [] if self._r3 is None else self._r3.rollouts.samples
+
+    @contextmanager
+    def live_routing(self) -> Iterator[None]:
+        """
+        Let forwards of a training step go live on purpose, which is an error elsewhere. Their rows are logged as not
+        replayed.
+
+        Example:
+
+        ```python
+        >>> with trainer.live_routing():
+        ...     auxiliary = model(input_ids=other_ids).logits
+        ```
+        """
+        guard = self.routing_replay.guard or TrainingGuard()
+        assert self._r3 is not None  # it has the handle
+        with self._r3.scores(None), guard.live_on_purpose():
+            yield
 
     def training_step(self, *args, **kwargs):
         """`training_step` of TRL: each of its forwards that builds a graph replays, and one of them at least."""
