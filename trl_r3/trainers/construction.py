@@ -32,14 +32,20 @@ _NEEDED = (
 )
 
 
-def check_parent(trainer: type, mixin: type) -> None:
+def check_parent(trainer: type, ours: type) -> None:
     """
     Refuse a trainer that lacks what the mixin overrides: nothing would call the mixin, and nothing be replayed.
+
+    Args:
+        trainer (`type`):
+            The class that is made.
+        ours (`type`):
+            The last class of this package in its `__mro__`: what the package overrides says nothing of a parent.
 
     Raises:
         `TypeError`: Naming the trainer and what it lacks.
     """
-    parents = trainer.__mro__[trainer.__mro__.index(mixin) + 1 :]
+    parents = trainer.__mro__[trainer.__mro__.index(ours) + 1 :]
     lacking = [name for name in _NEEDED if not any(name in vars(parent) for parent in parents)]
     if not lacking:
         loss = next(vars(parent)["_compute_loss"] for parent in parents if "_compute_loss" in vars(parent))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .._compat import extra_fields
 from ..engines.turns import Turn
 from .construction import check_parent
-from .lifecycle import ReplayLifecycle
+from .lifecycle import AttachedTrainer, ReplayLifecycle
 from .live_comparison import compare_with_live
 from .log import warn_of_truncation
 
@@ -21,7 +21,7 @@ class RoutingReplayMixin(ReplayLifecycle):
     """
 
     def _check_parent(self):
-        check_parent(type(self), RoutingReplayMixin)
+        check_parent(type(self), AttachedTrainer)
 
     def _warn_of_sampling(self):
         warn_of_truncation(self)
