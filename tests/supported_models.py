@@ -1,6 +1,6 @@
 """Which model types of the installed Transformers can be replayed, found by attaching to a small model of each.
 
-`python tests/supported_models.py` writes docs/supported_models.md. What a listed type must then pass is in
+`python tests/supported_models.py` writes them into docs/supported_models.md. What a listed type must then pass is in
 test_discovery.py.
 """
 
@@ -19,32 +19,7 @@ from trl_r3 import RouterReplay, UnsupportedRouterError
 PAGE = Path(__file__).parents[1] / "docs" / "supported_models.md"
 MODEL_TYPES = (*MOE_MODEL_TYPES, *MULTIMODAL_MOE_MODEL_TYPES, *UNBUILDABLE)
 
-HEAD = """\
-# Supported models
-
-Every mixture-of-experts model type of Transformers {version} that generates text, as found by
-`python tests/supported_models.py`. A type is supported if a small random model of it passes all of
-`tests/routers/test_discovery.py`: its own record replayed gives the same bits, forward and gradients; a foreign record
-executes exactly its ids; `generate()` returns routes; gradients with checkpointing of both kinds equal those without.
-Attaching repeats the check of each router on the real weights. Types with images or audio were checked on text.
-
-The last column says what `padding="auto"` ([settings](settings.md#padding)) does with the small model: skip padding,
-skip it in the experts only, or keep it, for a reason. Attaching decides for a model of yours, whose config may have a
-window that this one has not.
-
-Supported: {supported} of {total}; padding is skipped for {skipped}.
-
-| Model type | Class | Router | Padding |
-|---|---|---|---|
-"""
-REFUSED = """
-## Refused
-
-Attaching to these raises `UnsupportedRouterError`, with this message:
-
-| Model type | Class | Reason |
-|---|---|---|
-"""
+_TYPES = re.compile(r"(<!-- types: generated -->\n).*(\n<!-- end of types -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,8 +27,6 @@ class Family:
     """What attaching to a model type found."""
 
     model_type: str
-    model_class: str
-    router: str | None
     refusal: str | None
     padding: str = ""
 
@@ -62,36 +35,59 @@ class Family:
 def examine(model_type: str) -> Family:
     """Attach to a small model of this type."""
     model = build_tiny(model_type)
-    name = type(model).__name__
     try:
         replay = RouterReplay(model, padding="auto")
     except UnsupportedRouterError as error:
-        return Family(model_type, name, None, str(error))
-    router = repr(replay).removeprefix("RouterReplay(").partition(",")[0]
+        return Family(model_type, str(error))
     padding = str(replay.padding).partition(" (")[0]  # without numbers, which another machine rounds otherwise
     replay.remove()
-    return Family(model_type, name, router, None, padding)
+    return Family(model_type, None, padding)
 
 
-def listed_types() -> list[str]:
-    """The model types of the page as it is, which is that of one Transformers."""
-    return re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="ascii"), re.MULTILINE)
+def listed_types(padding: str = "") -> list[str]:
+    """
+    The model types of the page as it is, which is that of one Transformers.
+
+    Args:
+        padding (`str`, *optional*):
+            What their line has to begin with: "skipped" or "kept".
+    """
+    (types,) = _TYPES.finditer(PAGE.read_text(encoding="ascii"))
+    lines = re.findall(rf"^\| {padding}.* \| (`.+`) \|$", types[0].partition("### Refused")[0], re.MULTILINE)
+    return [model_type for line in lines for model_type in re.findall(r"`(\w+)`", line)]
 
 
-def render() -> str:
-    """The page."""
+def render(page: str) -> str:
+    """The page with what attaching finds today: types by what becomes of their padding, and what is refused."""
     families = [examine(model_type) for model_type in sorted(MODEL_TYPES)]
     supported = [family for family in families if family.refusal is None]
-    skipped = sum(family.padding == "skipped" for family in supported)
-    head = HEAD.format(
-        version=transformers.__version__, supported=len(supported), total=len(families), skipped=skipped
-    )
-    rows = [f"| `{f.model_type}` | `{f.model_class}` | `{f.router}` | {f.padding} |" for f in supported]
-    refused = [f"| `{f.model_type}` | `{f.model_class}` | {f.refusal} |" for f in families if f.refusal is not None]
-    return head + "\n".join(rows) + "\n" + REFUSED + "\n".join(refused) + "\n"
+    by_padding: dict[str, list[str]] = {}
+    for family in sorted(supported, key=lambda family: ("skipped", "skipped by", "kept").index(_kind(family))):
+        by_padding.setdefault(family.padding, []).append(f"`{family.model_type}`")
+    lines = [
+        f"Of the {len(families)} mixture-of-experts model types of Transformers {transformers.__version__} that "
+        f"generate text, {len(supported)} are supported;",
+        f"padding is skipped for {len(by_padding['skipped'])}.",
+        "",
+        "| padding | model types |",
+        "|---|---|",
+        *(f"| {padding} | {', '.join(types)} |" for padding, types in by_padding.items()),
+        "",
+        "### Refused",
+        "",
+        "Attaching to these raises `UnsupportedRouterError`, with this message:",
+        "",
+        "| model type | reason |",
+        "|---|---|",
+        *(f"| `{family.model_type}` | {family.refusal} |" for family in families if family.refusal is not None),
+    ]
+    return _TYPES.sub(lambda marks: "\n".join([marks[1], *lines, marks[2]]), page)
+
+
+def _kind(family: Family) -> str:
+    return "skipped" if family.padding == "skipped" else "skipped by" if "skipped" in family.padding else "kept"
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(render(), encoding="ascii")
+    PAGE.write_text(render(PAGE.read_text(encoding="ascii")), encoding="ascii")

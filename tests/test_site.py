@@ -1,124 +1,41 @@
-"""The pages of the docs site: links, messages, and docstrings as Markdown. CI builds it (`mkdocs build --strict`)."""
+"""The docs site: links, and docstrings as Markdown. CI builds it (`mkdocs build --strict`)."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
-from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
-import error_messages
 import pytest
-import torch
 
-from trl_r3 import RoutingLayout, decode_sglang, decode_vllm_http, load_trace, masked_topk_gating
-from trl_r3.records.checks import check_rows
-from trl_r3.records.record import select_moe_layers
-
-DOCS = error_messages.ROOT / "docs"
-PAGE = error_messages.PAGE.read_text()
-LAYOUT = RoutingLayout(moe_layers=(1, 2), num_decoder_layers=4, num_experts=8, top_k=2)
-MIN_DISTINCTIVE = 16  # characters of a phrase that is worth a search
-_LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(?:#[^)]*)?\)")
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *sorted(DOCS.glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
+_LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(?:#([^)]*))?\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
-def unescaped(text: str) -> str:
-    return re.sub(r"\\([*_<>\[\]\\])", r"\1", text)
-
-
-def is_on(page: str, message: str) -> bool:
-    """Whether an item of the page says a message, numbers and names aside, in more than a few words."""
-    items = [unescaped(line[2:]) for line in page.splitlines() if line.startswith("* ")]
-    return any(
-        len(item.replace("...", "")) > 2 * MIN_DISTINCTIVE
-        and re.fullmatch(re.escape(item).replace(re.escape("..."), ".*"), message, re.DOTALL)
-        for item in items
-    )
-
-
-def test_the_page_has_the_messages_of_today():
-    assert error_messages.render(PAGE) == PAGE, "run `python tests/error_messages.py`"
-
-
-def test_every_phrase_of_a_raise_is_on_the_page():
-    """Found without the rules by which the page is made: the longest phrase of whatever is raised."""
-    text, missing, seen = unescaped(PAGE), [], 0
-    for path in sorted((error_messages.ROOT / "trl_r3").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and node.exc is not None:
-                phrases = [
-                    part.value
-                    for part in ast.walk(node.exc)
-                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
-                ]
-                longest = max(phrases, key=len, default="").strip()
-                if len(longest) >= MIN_DISTINCTIVE:
-                    seen += 1
-                    missing += [f"{path.name}:{node.lineno}: {longest}"] * (longest not in text)
-    assert seen > 150
-    assert not missing
-
-
-def raised_by_the_gate():
-    masked_topk_gating(torch.zeros(3, 4), top_k=5)
-
-
-def raised_by_a_record():
-    check_rows(torch.tensor([[[0, 0], [1, 2]]]), LAYOUT, sample=3)
-
-
-def raised_by_a_wrong_layout():
-    select_moe_layers(torch.zeros(1, 5, 3, 2, dtype=torch.long), LAYOUT)
-
-
-def raised_by_no_trace():
-    load_trace("no/such/trace.safetensors")
-
-
-def raised_by_a_server_without_routes():
-    decode_vllm_http(None)
-
-
-def raised_by_a_short_payload():
-    decode_sglang("AAAA", num_rows=2, num_decoder_layers=4, top_k=2)
-
-
-@pytest.mark.parametrize(
-    "fail",
-    [
-        raised_by_the_gate,
-        raised_by_a_record,
-        raised_by_a_wrong_layout,
-        raised_by_no_trace,
-        raised_by_a_server_without_routes,
-        raised_by_a_short_payload,
-    ],
-)
-def test_what_is_really_raised_is_findable(fail: Callable[[], None]):
-    with pytest.raises((ValueError, RuntimeError, FileNotFoundError)) as caught:
-        fail()
-    message = str(caught.value)
-    assert is_on(PAGE, message)
-    assert not is_on(PAGE, " ".join(reversed(message.split())))
-    assert not is_on("* ...: ...\n* sample ...: ...\n", message)  # what says anything finds nothing
-
-
-def test_a_file_without_a_section_is_refused():
-    with pytest.raises(ValueError, match="lack .*gating/contract"):
-        error_messages.render(PAGE.replace("gating/contract ", ""))
+def anchors(page: Path) -> set[str]:
+    """As code hosts and the site make them of headings."""
+    headings = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in _HEADING.findall(page.read_text()))
+    return {re.sub(r"\s", "-", heading) for heading in headings}
 
 
 def test_links_lead_to_files():
     """As a code host follows them; on the site, those that leave docs/ are rewritten."""
-    links = [(page, link[1]) for page in sorted(DOCS.glob("*.md")) for link in _LINK.finditer(page.read_text())]
+    links = [(page, link[1], link[2]) for page in PAGES for link in _LINK.finditer(page.read_text())]
     assert len(links) > 50
     # a page of its own branch may be named in the navigation, never linked
-    assert not [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()]
+    assert not [f"{page.name}: {target}" for page, target, _ in links if not (page.parent / target).exists()]
+    pages = [(page, page.parent / target, anchor) for page, target, anchor in links if anchor]
+    assert len(pages) > 20
+    assert not [f"{page.name}: {to.name}#{anchor}" for page, to, anchor in pages if anchor not in anchors(to)]
 
 
 def loaded(name: str):
     """A module of the site, which is no part of the package."""
+    pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location(name, DOCS / "_site" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -136,10 +53,18 @@ def loaded(name: str):
     ],
 )
 def test_links_out_of_the_docs_are_rewritten(source_url: str, expected: str):
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="quick_start.md"))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="watching.md"))
     config = SimpleNamespace(extra={"source_url": source_url})
     written = "[a](jobs.md#b), [the recipes](../examples/recipes), [README](../README.md)"
     assert loaded("links").on_page_markdown(written, page, config, files=[]) == expected
+
+
+def test_the_readme_is_the_first_page():
+    readme = (
+        "[a](docs/jobs.md#b) [![p](docs/p.png)](docs/p.md) [c](examples/agent) [d](https://a/docs/e.md) [f](LICENSE)"
+    )
+    page = "[a](jobs.md#b) [![p](p.png)](p.md) [c](../examples/agent) [d](https://a/docs/e.md) [f](../LICENSE)"
+    assert loaded("links").as_page(readme) == page
 
 
 DOCSTRING = """

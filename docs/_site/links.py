@@ -1,9 +1,13 @@
-"""Hook of MkDocs: pages that may be absent, and links that leave docs/, which lead nowhere on the site."""
+"""Hook of MkDocs: the README as first page, pages that may be absent, links that leave docs/ and lead nowhere."""
 
 import posixpath
 import re
 from pathlib import Path
 
+from mkdocs.structure.files import File
+
+HOME = "index.md"
+LINK = re.compile(r"\]\((?!https?://|#)([^)]+)\)")
 LINK_OUT = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
 
 
@@ -15,6 +19,18 @@ def on_config(config):
         for title, pages in section.items()
     ]
     return config
+
+
+def on_files(files, config):
+    """Add the first page: the README, as a page of docs/."""
+    readme = (Path(config.docs_dir).parent / "README.md").read_text(encoding="ascii")
+    files.append(File.generated(config, HOME, content=as_page(readme)))
+    return files
+
+
+def as_page(readme):
+    """The README with links that are right from docs/."""
+    return LINK.sub(lambda link: f"]({posixpath.relpath(link[1], 'docs')})", readme)
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -31,4 +47,4 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _is_there(config, page):
-    return (Path(config.docs_dir) / page).is_file()
+    return page == HOME or (Path(config.docs_dir) / page).is_file()

@@ -1,4 +1,4 @@
-"""Checkpoints whose sizes the repository holds: this script writes docs/checkpoints.md.
+"""Checkpoints whose sizes the repository holds: this script writes their table into docs/supported_models.md.
 
 Legend: E experts, K experts per token.
 """
@@ -6,6 +6,7 @@ Legend: E experts, K experts per token.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,38 +21,17 @@ from trl_r3.cli.twin import narrow_twin
 from trl_r3.routers.gated import GatedRouter, GateFormula
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "checkpoints.md"
+PAGE = ROOT / "docs" / "supported_models.md"
 VLLM = json.loads((Path(__file__).parent / "vllm_classes.json").read_text())
 CONFIGS = sorted((ROOT / "examples" / "recipes" / "configs").glob("*/config.json"))
 
-HEAD = """\
-# Supported models by checkpoint
+_TABLE = re.compile(r"(<!-- checkpoints: generated -->\n).*(\n<!-- end of checkpoints -->)", re.DOTALL)
+HEAD = """
+Found with Transformers {version} and, on a CPU, with small random models of each type, vLLM {versions}; "run" is
+of {ran}.
 
-Checkpoints with a config in `examples/recipes/configs`, by `python tests/documents/checkpoint_page.py`. None is the
-file of the Hub: their sources are named below. The type of a model decides whether it is supported, and
-[all types](supported_models.md) are listed. None of these has been run at full size.
-
-MoE layers, E experts, K experts per token and the gate were found by attaching to a twin of each, which has its
-layers, experts and K but small widths and random weights, with Transformers {version}.
-
-* Gate: the score of an expert; whether the K weights are divided by their sum; what they are multiplied by; what takes
-  part in the selection alone: a bias for each expert, groups of experts.
-* Op: whether [`masked_topk_gating`](gating.md) covers the gate. Where it does not, replay intercepts the selection.
-
-What vLLM does was found on a CPU with small random models of each type, and vLLM {versions}, by
-`python tests/vllm_cpu/vllm_classes.py --run` (2026-11-25). Both sides have the class for text alone, not quantized.
-Where both have the class that takes images ({images}), weights arrive and capture
-attaches, too. A text model trained beside an engine with the other class was not tried: its names are others.
-
-* vLLM capture: "run": the engine sampled, and all ids that it returned are those of a forward of Transformers (vLLM
-  {ran}). "attaches": vLLM attaches its capture to all MoE layers; the type did not run on a CPU. A MoE kernel that
-  routes inside itself is captured from vLLM 0.28 on.
-* Weight sync: TRL 1.16 sends each parameter under its name in Transformers. "yes": vLLM then has the weights that it
-  loads from the saved model. "refused": `load_weights` raises. "lost": it raises nothing, and the experts keep their
-  old weights. A selection bias is a buffer, and TRL sends none: vLLM keeps that of the checkpoint.
-
-| Checkpoint | Type | MoE layers | E | K | Gate | Op | vLLM capture | Weight sync |
-|---|---|---|---|---|---|---|---|---|
+| checkpoint | type | MoE layers | K of E | gate | op | vLLM capture | weights to vLLM |
+|---|---|---|---|---|---|---|---|
 """
 
 # The op has no argument for these. test_checkpoints.py computes them from the words.
@@ -64,7 +44,7 @@ OWN_GATES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What attaching to the twin of a checkpoint found, and where its sizes are from."""
+    """What attaching to the twin of a checkpoint found."""
 
     name: str
     model_type: str
@@ -73,13 +53,12 @@ class Checkpoint:
     top_k: int
     gate: str
     covered: bool
-    source: str
 
     @property
     def row(self) -> str:
         """Of the table."""
         op = "yes" if self.covered else "no"
-        cells = (self.layers, self.experts, self.top_k, self.gate, op, *vllm_cells(self.model_type))
+        cells = (self.layers, f"{self.top_k} of {self.experts}", self.gate, op, *vllm_cells(self.model_type))
         return f"| {self.name} | `{self.model_type}` | {' | '.join(map(str, cells))} |\n"
 
 
@@ -99,7 +78,8 @@ def examine(path: Path) -> Checkpoint:
         `KeyError`: If the file does not say where its sizes are from.
     """
     name = path.parent.name
-    source = json.loads(path.read_text())["_source"]
+    if "_source" not in json.loads(path.read_text()):
+        raise KeyError(f"{path} has no `_source`. Say there where its sizes are from.")
     config = AutoConfig.from_pretrained(path.parent)
     twin = twin_of(config, name)
     try:
@@ -114,7 +94,7 @@ def examine(path: Path) -> Checkpoint:
     else:
         gate = OWN_GATES[twin.config.model_type]
     sizes = len(replay.moe_layers), replay.num_experts, replay.top_k
-    return Checkpoint(name, config.model_type, *sizes, gate, bool(formulas), source)
+    return Checkpoint(name, config.model_type, *sizes, gate, bool(formulas))
 
 
 @torch.no_grad()
@@ -150,25 +130,19 @@ def in_words(formula: GateFormula) -> str:
     return ", ".join(words)
 
 
-def render() -> str:
-    """The page."""
-    checkpoints = [examine(path) for path in CONFIGS]
-    sources = "".join(f"* {checkpoint.name}: {checkpoint.source}\n" for checkpoint in checkpoints)
+def render(page: str) -> str:
+    """The page with the table of today."""
     ran = [
         version for version, results in VLLM.items() if any("rows_that_differ" in found for found in results.values())
     ]
-    images = sorted({key for results in VLLM.values() for key in results if key.endswith(", images")})
+    images = [key for results in VLLM.values() for key in results if key.endswith(", images")]
     if any(vllm_cells(key) != ("attaches", "yes") for key in images):
-        raise ValueError(f"the page says that weights and capture of these hold: {images}")
-    head = HEAD.format(
-        images=", ".join(f"`{key.removesuffix(', images')}`" for key in images),
-        version=transformers.__version__,
-        versions=" and ".join(VLLM),
-        ran=" and ".join(ran),
-    )
-    return head + "".join(checkpoint.row for checkpoint in checkpoints) + "\n## Sources\n\n" + sources
+        raise ValueError(f"the page says that weights and capture of these hold: {sorted(set(images))}")
+    head = HEAD.format(version=transformers.__version__, versions=" and ".join(VLLM), ran=" and ".join(ran))
+    rows = "".join(examine(path).row for path in CONFIGS)
+    return _TABLE.sub(lambda marks: marks[1] + head + rows + marks[2], page)
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    PAGE.write_text(render(), encoding="ascii")
+    PAGE.write_text(render(PAGE.read_text(encoding="ascii")), encoding="ascii")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from documents import command_page
 from documents.code_blocks import PAGES, ROOT, blocks_of, read_blocks
 
 from trl_r3.cli.command import build_parser
@@ -183,15 +182,3 @@ def test_fences_are_read():
     ]
     with pytest.raises(ValueError, match="p:1 opens a block that nothing closes"):
         read_blocks("p", "```bash\nls\n")
-
-
-def test_the_page_of_commands():
-    text = command_page.render()
-    assert command_page.PAGE.read_text(encoding="ascii") == text, "run python tests/documents/command_page.py"
-    assert "## trl-r3 verify\n" in text
-
-
-def test_the_page_of_commands_is_as_wide_everywhere(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    assert max(map(len, command_page.render().splitlines()[3:])) > 80
-    assert command_page.render() == command_page.PAGE.read_text(encoding="ascii")

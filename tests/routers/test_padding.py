@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from engines.tiny_chat import tiny_qwen3_moe
 from model_zoo import build_tiny
 from oracles import CHECKPOINTING, as_sets, foreign_record, gradients, use_checkpointing
-from supported_models import PAGE
+from supported_models import listed_types
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -238,9 +236,8 @@ def rows_of_experts(model):
     return rows
 
 
-TEXT = PAGE.read_text(encoding="ascii")
-SKIPPED = re.findall(r"^\| `(\w+)` .* \| skipped \|$", TEXT, re.MULTILINE)
-BY_EXPERTS = re.findall(r"^\| `(\w+)` .* \| skipped by experts only: .* \|$", TEXT, re.MULTILINE)
+SKIPPED = listed_types("skipped \\|")
+BY_EXPERTS = listed_types("skipped by experts only: ")
 
 
 def test_the_page_names_families_of_both_kinds():

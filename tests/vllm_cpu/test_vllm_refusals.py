@@ -1,5 +1,5 @@
 """
-What vLLM refuses together with routes, in its own words: the cells of the table in docs/rollouts.md.
+What vLLM refuses together with routes, in its own words: the cells of the table in benchmarks/vllm_versions.md.
 
 It refuses when an engine is configured, before any weight is loaded, so these need no device that a setting is for.
 """

@@ -30,7 +30,7 @@ from .run_data import TAUS, Curve, RunData
 REPLAYED, LIVE, HEALTHY = "tab:blue", "tab:orange", "tab:green"
 HEALTHY_K3 = 1e-3  # two forwards of one training engine differ by 8.4e-4 in the R3 paper (arXiv 2510.11370)
 HEALTHY_EXTREME = 1e-3  # a rule of thumb: one token in a thousand
-RIGHT_KAPPA = 0.8  # what right records measured at least (docs/alarm.md)
+RIGHT_KAPPA = 0.8  # what right records measured at least (benchmarks/alarm_settings.md)
 POOLED_STEPS = 10  # of the expert load: one step has few tokens
 FLOOR = 1e-8  # nats; smaller differences are drawn there
 
