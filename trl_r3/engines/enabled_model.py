@@ -49,8 +49,8 @@ def enable_routing_replay(
             Whether a forward that replays skips padding: `"keep"` or `"auto"`, as in [`RouterReplay`].
         steady_recompute (`bool`, *optional*, defaults to `False`):
             For training without a rollout, with any trainer: every recompute of a gradient checkpoint goes through the
-            experts of its own forward. Without it, a router that decides closely may pick others in the recompute,
-            which crashes backward or gives wrong gradients.
+            experts of its own forward. Without it, a router for which two experts score almost the same may select
+            differently in the recompute, which crashes backward or gives wrong gradients.
         lag (`int`, *optional*):
             For training without a rollout, too: the selection of each forward that builds a graph is made by router
             weights that are so many optimizer steps old, from the hidden states of now; its recomputes repeat it. 0 is
