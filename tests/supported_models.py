@@ -44,16 +44,16 @@ def examine(model_type: str) -> Family:
     return Family(model_type, None, padding)
 
 
-def listed_types(padding: str = "") -> list[str]:
+def listed_types(padding: str = ".*") -> list[str]:
     """
     The model types of the page as it is, which is that of one Transformers.
 
     Args:
         padding (`str`, *optional*):
-            What their line has to begin with: "skipped" or "kept".
+            A pattern for what becomes of theirs, such as "skipped".
     """
     (types,) = _TYPES.finditer(PAGE.read_text(encoding="ascii"))
-    lines = re.findall(rf"^\| {padding}.* \| (`.+`) \|$", types[0].partition("### Refused")[0], re.MULTILINE)
+    lines = re.findall(rf"^\| {padding} \| (`.+`) \|$", types[0].partition("### Refused")[0], re.MULTILINE)
     return [model_type for line in lines for model_type in re.findall(r"`(\w+)`", line)]
 
 
