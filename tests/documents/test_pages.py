@@ -13,11 +13,12 @@ GENERATED = re.compile(r"<!-- [\w ]*: generated -->.*?<!-- end of [\w ]* -->", r
 
 
 def words(text: str) -> int:
-    return len(GENERATED.sub("", text).split())
+    """Without the bars of tables."""
+    return len([word for word in GENERATED.sub("", text).split() if re.search(r"\w", word)])
 
 
 def test_the_readme_is_read_at_a_sitting():
-    assert words("a <!-- settings: generated --> b c <!-- end of settings --> d e") == 3
+    assert words("| a | <!-- settings: generated --> b c <!-- end of settings --> d e |\n|---|") == 3
     assert words((ROOT / "README.md").read_text()) <= MOST_OF_README
 
 
