@@ -144,3 +144,18 @@ def test_the_readme_trains_with_replay(reader):
     history = names["trainer"].state.log_history
     key = "routing_replay/replayed_frac"
     assert [entry[key] for entry in history if key in entry] == [1.0, 1.0]
+
+
+def test_the_loop_trains_through_the_record_of_the_server(reader):
+    """What vLLM answered for the model of the page: its experts, and no others, bring the two policies together."""
+    names: dict = {"__name__": "__main__"}
+    for block in blocks_of("docs/own_loop.md"):
+        if block.language == "python":
+            run(block, names, reader)
+    assert (int(names["stats"].changed_routers), int(names["stats"].recorded_tokens)) == (1, 22)
+    assert names["replayed"] < 0.1 * names["live"]
+    trl_r3.disable_routing_replay(names["model"])
+    wrong = names["routed_experts"].roll(-1, 1)  # each row is that of the token behind it
+    with torch.no_grad(), trl_r3.RouterReplay(names["model"]) as replay, replay.replay(wrong) as shifted:
+        names["model"](names["ids"], attention_mask=names["mask"], use_cache=False)
+    assert int(shifted.changed_routers) > 20
