@@ -20,6 +20,7 @@ BAD = {
     "no server": (["verify", "some/model", "--url", "http://localhost"], "belong together"),
     "no trace": (["verify", "some/model", "--trace", NO_ARGUMENT], f"there is no trace {NO_ARGUMENT}"),
     "no run": (["report", NO_ARGUMENT], f"{NO_ARGUMENT} is no folder"),
+    "three runs": (["report", ".", ".", "."], "3 folders, expected one run, or two"),
 }
 HEAVY = ("torch", "transformers", "trl", "matplotlib", "rich")
 SCRIPT = f"""

@@ -26,7 +26,10 @@ def check_arguments(args: Namespace) -> None:
     if args.command == "demo":
         return
     if args.command == "report":
-        check_run_folder(args.folder)
+        if len(args.folders) > 2:
+            raise BadInput(f"trl-r3 report: {len(args.folders)} folders, expected one run, or two to compare.")
+        for folder in args.folders:
+            check_run_folder(folder)
         return
     if args.model.startswith(_LOCAL) and not Path(args.model).expanduser().exists():
         raise BadInput(f"{args.model} cannot be loaded: there is no such folder. Pass one, or an id on the Hub.")

@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-r3",
         description="Rollout Routing Replay (R3) for TRL.",
-        epilog="Exit status: 0 right; 1 it ran and something does not hold; 2 bad input.",
+        epilog="Exit status: 0 it works, matches, fits or is healthy; 1 it ran, but a check failed; 2 bad input.",
     )
     parser.add_argument("--version", action="version", version=f"trl-r3 {__version__}")
     commands = parser.add_subparsers(dest="command")
@@ -57,9 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_plan(commands)
 
-    report = commands.add_parser("report", help="draw what a run's traces and log say about its routing")
-    report.add_argument("folder", type=Path, help="the `output_dir` of a run, or a folder with traces")
-    report.add_argument("--output", type=Path, default=None, help="folder to write to (default: inside the first)")
+    report = commands.add_parser("report", help="say whether a run is healthy, by its traces and log, and draw it")
+    report.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="folder",
+        help="the `output_dir` of a run, or a folder with traces; two are compared",
+    )
+    written = report.add_mutually_exclusive_group()
+    written.add_argument("--output", type=Path, default=None, help="folder to write to (default: inside the first)")
+    written.add_argument("--json", action="store_true", help="print verdict and numbers as JSON, and draw nothing")
     return parser
 
 
@@ -128,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments; those of the process by default.
 
     Returns:
-        `int`: Exit status: 0 if all is right, 1 if it ran and something does not hold, 2 for bad input, which is told
+        `int`: Exit status: 0 if all is well, 1 if it ran but a check failed, 2 for bad input, which is told
         in one sentence.
     """
     parser = build_parser()
@@ -183,7 +191,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from . import report
 
-    return report.main(args.folder, args.output)
+    return report.main(args.folders, args.output, args.json)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-HEALTHY_LOAD = 4.0  # a rule of thumb: times the even share
-HEALTHY_CHANGED = 0.2  # the R3 paper saw 0.1 of the routers change (arXiv 2510.11370, a rollout in bfloat16)
-
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure that needs no display."""
@@ -25,7 +22,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_changed_routers(axes: Axes, steps: Sequence[int], layers: Sequence[int], changed_LS: np.ndarray) -> None:
+def draw_changed_routers(
+    axes: Axes, steps: Sequence[int], layers: Sequence[int], changed_LS: np.ndarray, edge: float
+) -> None:
     """
     Draw the share of changed routers by layer over steps, with the edge of what is healthy in the colour bar.
 
@@ -38,21 +37,25 @@ def draw_changed_routers(axes: Axes, steps: Sequence[int], layers: Sequence[int]
             Decoder-layer indices of the L MoE layers.
         changed_LS (`numpy.ndarray` of shape `(L, S)`):
             Share of (token, layer) pairs whose live selection differs from the recorded one.
+        edge (`float`):
+            Where the healthy range ends.
     """
-    _draw(axes, steps, layers, changed_LS, 0.0, HEALTHY_CHANGED, "share of changed routers")
+    _draw(axes, steps, layers, changed_LS, 0.0, edge, "share of changed routers")
 
 
-def draw_busiest_experts(axes: Axes, steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray) -> None:
+def draw_busiest_experts(
+    axes: Axes, steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray, edge: float
+) -> None:
     """
     Draw the load of the busiest expert by layer over steps, likewise.
 
     Args:
-        axes, steps, layers:
+        axes, steps, layers, edge:
             As in [`draw_changed_routers`].
         busiest_LS (`numpy.ndarray` of shape `(L, S)`):
             Its load over the mean of its layer.
     """
-    _draw(axes, steps, layers, busiest_LS, 1.0, HEALTHY_LOAD, "busiest expert, times the even share")
+    _draw(axes, steps, layers, busiest_LS, 1.0, edge, "busiest expert, times the even share")
 
 
 def _draw(
@@ -74,17 +77,17 @@ def _name_at(names: Sequence[int], at: float, _: int | None) -> str:
     return str(names[int(at)]) if 0 <= at < len(names) else ""
 
 
-def changed_routers(steps: Sequence[int], layers: Sequence[int], changed_LS: np.ndarray) -> Figure:
+def changed_routers(steps: Sequence[int], layers: Sequence[int], changed_LS: np.ndarray, edge: float) -> Figure:
     """The heat map alone; arguments as in [`draw_changed_routers`]."""
     figure, axes = _figure_of(layers, "changed routers")
-    draw_changed_routers(axes, steps, layers, changed_LS)
+    draw_changed_routers(axes, steps, layers, changed_LS, edge)
     return figure
 
 
-def busiest_experts(steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray) -> Figure:
+def busiest_experts(steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray, edge: float) -> Figure:
     """The heat map alone; arguments as in [`draw_busiest_experts`]."""
     figure, axes = _figure_of(layers, "load of the busiest expert")
-    draw_busiest_experts(axes, steps, layers, busiest_LS)
+    draw_busiest_experts(axes, steps, layers, busiest_LS, edge)
     return figure
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from ..records.expert_load import ExpertLoad
+from .healthy_ranges import BUSIEST, HealthyRange, healthy_ranges
 from .heat_map import busiest_experts, changed_routers
 from .trace_file import find_traces, load_trace
 
@@ -30,6 +31,7 @@ class TraceCounts(NamedTuple):
     changed: np.ndarray  # (L,)
     compared_rows: int
     load: np.ndarray  # (L, E) of the record
+    healthy: dict[str, HealthyRange]
 
 
 class RoutingReportCallback(TrainerCallback):
@@ -101,10 +103,11 @@ class RoutingReportCallback(TrainerCallback):
         changed_LS = np.stack([sum(each.changed for each in some) / rows for some, rows in pairs], axis=1)
         loads = [ExpertLoad(torch.from_numpy(sum(each.load for each in by_step[at]))) for at in steps]
         busiest_LS = np.stack([load.busiest.numpy() for load in loads], axis=1)
-        shown = [at + 1 for at in steps]
+        shown, healthy = [at + 1 for at in steps], read[-1].healthy
+        changed_edge, load_edge = (healthy[name].high for name in ("routing_replay/changed_router_frac", BUSIEST))
         return {
-            TAG: _pixels(changed_routers(shown, layers, changed_LS)),
-            TAG_OF_LOAD: _pixels(busiest_experts(shown, layers, busiest_LS)),
+            TAG: _pixels(changed_routers(shown, layers, changed_LS, changed_edge)),
+            TAG_OF_LOAD: _pixels(busiest_experts(shown, layers, busiest_LS, load_edge)),
         }
 
 
@@ -122,7 +125,12 @@ def _summary(path: Path) -> TraceCounts | None:
         return None
     facts = trace.facts
     return TraceCounts(
-        facts.step, facts.moe_layers, trace.changed.numpy(), facts.compared_rows, trace.load_recorded.long().numpy()
+        facts.step,
+        facts.moe_layers,
+        trace.changed.numpy(),
+        facts.compared_rows,
+        trace.load_recorded.long().numpy(),
+        healthy_ranges(facts.top_k, facts.num_experts),
     )
 
 

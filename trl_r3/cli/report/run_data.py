@@ -15,6 +15,7 @@ from typing import Any
 
 from ...records.expert_load import ExpertLoad
 from ...records.metrics import SHARES
+from ...traces.healthy_ranges import BUSIEST, HealthyRange, healthy_ranges
 from ...traces.trace import Trace, TraceFacts
 from ...traces.trace_file import find_traces, load_trace
 from ...traces.trace_summary import StepSummary, summarise
@@ -22,6 +23,9 @@ from ...traces.trace_summary import StepSummary, summarise
 LOGGED_LAYER = re.compile(r"routing_replay/load/layer_(\d+)/busiest")
 TAUS = (1.1, 1.5, 2.0)
 MAX_NAMED = 3  # unreadable files
+K3, LIVE_K3, MISSING_ROWS = "sampling/k3_kl", "sampling/live/k3_kl", "routing_replay/missing_frac"
+# what TRL logs of training, and what the report calls it
+TRAINING = {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip ratio", "loss": "loss"}
 
 Curve = dict[int, float]  # by step
 
@@ -40,6 +44,8 @@ class RunData:
             Of the traces, ascending.
         log (dict of `str` to dict of `int` to `float`):
             By metric and step.
+        training (dict of `str` to dict of `int` to `float`):
+            What TRL logged, likewise.
         load (dict of `int` to dict of `int` to `float`):
             What was logged of the busiest expert, by decoder layer and step.
         lacking (list of `str`):
@@ -50,11 +56,29 @@ class RunData:
     facts: TraceFacts | None = None
     steps: list[StepSummary] = field(default_factory=list)
     log: dict[str, Curve] = field(default_factory=dict)
+    training: dict[str, Curve] = field(default_factory=dict)
     load: dict[int, Curve] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def replays(self) -> bool:
+        """Whether anything of replay was logged or traced."""
+        return bool(self.steps or self.log)
+
+    @property
+    def healthy(self) -> dict[str, HealthyRange]:
+        """Ranges for its experts, which traces tell."""
+        return healthy_ranges(self.facts.top_k, self.facts.num_experts) if self.facts else healthy_ranges()
+
     def curve(self, name: str) -> Curve:
         """A metric over steps: from the log, and where that lacks it, from the traces."""
+        if name == BUSIEST and (by_step := self.busiest()[1]):  # of the worst layer
+            return {step: max(by_step[step]) for step in sorted(by_step)}
         traced = {_logged_at(step): value for step in self.steps if (value := _of_step(step, name)) is not None}
         return dict(sorted({**traced, **self.log.get(name, {})}.items()))
 
@@ -111,20 +135,21 @@ def gather(folder: Path) -> RunData:
     paths = [path for each in (folder, *sorted(filter(Path.is_dir, folder.iterdir()))) for path in find_traces(each)]
     if paths:
         _read_traces(data, paths)
-    else:
-        data.lacking.append(
-            "There are no traces, so nothing is drawn by layer, by expert or by token. Train with "
-            "`routing_replay_trace_dir` set to a folder inside this one."
-        )
     _read_log(data)
-    if not data.steps and not data.log:
-        raise ValueError(
-            f"{folder} holds neither traces (step-*.safetensors) nor a log of a run with replay "
-            "(trainer_state.json). Pass the `output_dir` of a run with `use_routing_replay=True`, or its "
-            "`routing_replay_trace_dir`."
-        )
-    _name_what_is_lacking(data)
+    if data.replays:
+        _name_what_is_lacking(data)
+    elif not data.training:
+        raise without_replay(folder)
     return data
+
+
+def without_replay(folder: Path) -> ValueError:
+    """The error for a folder in which there is nothing to judge."""
+    return ValueError(
+        f"{folder} holds neither traces (step-*.safetensors) nor a log of a run with replay "
+        "(trainer_state.json). Pass the `output_dir` of a run with `use_routing_replay=True`, or its "
+        "`routing_replay_trace_dir`."
+    )
 
 
 def _read_traces(data: RunData, paths: list[Path]) -> None:
@@ -161,10 +186,11 @@ def _read_log(data: RunData) -> None:
         entries = [(int(entry["step"]), entry) for entry in history]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no log of a trainer ({error!r}). Pass the `output_dir` of a run.") from error
-    for name in SHARES:
-        values = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
-        if values:
-            data.log[name] = values
+    for curves, names in ((data.log, (*SHARES, BUSIEST)), (data.training, TRAINING)):
+        for name in names:
+            values = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
+            if values:
+                curves[name] = values
     for step, entry in entries:
         for name, value in entry.items():
             layer = LOGGED_LAYER.fullmatch(name)
@@ -184,14 +210,22 @@ def _is_number(value: Any) -> bool:
 
 
 def _name_what_is_lacking(data: RunData) -> None:
-    if not data.curve("sampling/k3_kl"):
+    if not data.steps:
+        data.lacking.append(
+            "There are no traces, so nothing is drawn by layer, by expert or by token. Train with "
+            "`routing_replay_trace_dir` set to a folder inside this one."
+        )
+    if data.training and (unlogged := [label for name, label in TRAINING.items() if name not in data.training]):
+        data.lacking.append(f"The log has no {' and no '.join(unlogged)}.")
+    if not data.curve(K3):
         data.lacking.append(
             "There are no log-probabilities of the rollout, so its mismatch with training is not drawn: the engine "
             "gave none, or samples from a truncated distribution (`top_p`, `top_k`, `min_p`)."
         )
-    elif not data.curve("sampling/live/k3_kl"):
+    elif not data.curve(LIVE_K3):
         data.lacking.append(
-            "Live routing was not compared, so what replay changes is not drawn. Set `routing_replay_compare_every`."
+            "Live routing was not compared, so by how much replay cuts k3 is not known. Set "
+            "`routing_replay_compare_every`."
         )
     if not data.curve("routing_replay/agreement"):
         data.lacking.append(

@@ -1,0 +1,171 @@
+"""`trl-r3 report`: the verdict on one run, and two runs side by side."""
+
+import json
+
+import matplotlib
+import pytest
+from made_traces import make_trace
+from matplotlib.colors import to_rgb
+
+from trl_r3.cli import command as cli
+from trl_r3.cli.demo.run import RUNS
+from trl_r3.cli.report.drawing import LIVE, REPLAYED
+from trl_r3.cli.report.run_data import RunData, gather
+from trl_r3.cli.report.run_verdict import WINDOW, judge_run
+from trl_r3.cli.report.step_curves import agreement, mismatch
+from trl_r3.traces.trace_file import save_trace
+
+GOOD = {
+    "sampling/k3_kl": 2e-4,
+    "sampling/extreme_token_frac": 1e-4,
+    "routing_replay/missing_frac": 0.0,
+    "routing_replay/agreement": 0.97,
+    "routing_replay/contrast": 0.4,
+    "routing_replay/changed_router_frac": 0.1,
+    "routing_replay/load/busiest": 2.0,
+}
+TRAINED = {"reward": 0.5, "entropy": 1.0, "clip_ratio/region_mean": 0.01, "loss": -0.1}
+
+
+def a_run(folder, changes=(), steps=30, **values):
+    """A log that is healthy but for `changes`: (metric, steps, value)."""
+    log = [{"step": step, **GOOD, **TRAINED, **values} for step in range(1, steps + 1)]
+    for name, at, value in changes:
+        for step in at:
+            log[step - 1][name] = value
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    return folder
+
+
+def judged(folder):
+    return judge_run(gather(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("sampling/k3_kl", 0.05, "sampling/k3_kl reached 0.05, outside since step 20; healthy is below 0.001"),
+        ("routing_replay/agreement", 0.3, "agreement reached 0.3, outside since step 20; healthy is above 0.8"),
+        ("routing_replay/contrast", -0.9, "contrast reached -0.9, outside since step 20; healthy is above 0"),
+        ("routing_replay/load/busiest", 16.0, "busiest reached 16, outside since step 20; healthy is below 4"),
+    ],
+)
+def test_what_is_not_healthy_is_named(tmp_path, name, value, says):
+    assert judged(a_run(tmp_path / "good")).is_healthy
+    (found,) = judged(a_run(tmp_path / "bad", [(name, range(20, 31), value)])).unhealthy
+    assert says in str(found)
+
+
+def test_it_is_on_the_first_screen(tmp_path, capsys):
+    bad = a_run(tmp_path / "bad", [("sampling/k3_kl", range(20, 31), 0.05)])
+    assert cli.main(["report", str(bad)]) == 1
+    told, page = capsys.readouterr().out, (bad / "routing_report" / "report.html").read_text()
+    for text in (told, page.partition("<figure")[0]):
+        assert "Not healthy: 1 of 7 metrics" in text and "sampling/k3_kl reached 0.05, outside since step 20" in text
+        assert "by how much replay cuts k3 is not known" in text
+
+
+def test_one_batch_is_no_verdict_but_one_lost_row_is(tmp_path):
+    """k3 of a batch scatters by a factor of ten; a row without a record was trained through live experts."""
+    scattered = a_run(tmp_path / "scattered", [("sampling/k3_kl", [9], 2e-3)])
+    assert judged(scattered).is_healthy
+    (found,) = judged(a_run(tmp_path / "lost", [("routing_replay/missing_frac", [9], 0.01)])).unhealthy
+    assert (found.value, found.since, found.until) == (0.01, 9, 9)
+
+
+def test_what_has_ended_says_when(tmp_path):
+    (found,) = judged(a_run(tmp_path / "bad", [("sampling/k3_kl", range(5, 8), 0.05)])).unhealthy
+    assert found.since == 5 and found.until == 7 + WINDOW - 1
+    assert f"outside from step 5 to {found.until}" in str(found)
+
+
+def test_ranges_are_those_of_the_experts(tmp_path):
+    """A share that is healthy with 8 of 128 experts is not with 2 of 8, which traces tell."""
+    folder = a_run(tmp_path / "run")
+    assert judged(folder).is_healthy
+    save_trace(make_trace(experts=8, top_k=2), folder)
+    found = {each.name: each.healthy.high for each in judged(folder).unhealthy}
+    assert found["routing_replay/changed_router_frac"] == pytest.approx(0.032, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("replayed", "live", "says"),
+    [
+        (2e-4, 1e-3, "Replay cut k3 5.0 times (0.001 live, 0.0002 replayed: medians of 6 steps"),
+        (0.0, 1e-3, "Replay cut k3 to 0 (0.001 live, 0 replayed"),
+        (2e-4, 2.1e-4, "k3 is the same with replay and without"),
+        (0.0, 0.0, "k3 is the same with replay and without"),
+        (4e-4, 1e-4, "Replay made k3 4.0 times larger"),
+    ],
+)
+def test_by_how_much_replay_cut_k3(tmp_path, replayed, live, says):
+    """Of the steps that were scored both ways, without the one that is far out."""
+    compared = [("sampling/live/k3_kl", range(5, 31, 5), live), ("sampling/live/k3_kl", [10], 1.0)]
+    alone = [("sampling/k3_kl", [step for step in range(1, 31) if step % 5], 0.5)]
+    cut = judged(a_run(tmp_path / "run", compared + alone, **{"sampling/k3_kl": replayed})).cut
+    assert str(cut).startswith(says)
+
+
+def test_json_is_the_verdict_alone(tmp_path, capsys):
+    folder = a_run(tmp_path / "run", [("sampling/k3_kl", range(20, 31), 0.05), ("sampling/live/k3_kl", [30], 0.5)])
+    assert cli.main(["report", "--json", str(folder)]) == 1
+    said = json.loads(capsys.readouterr().out)
+    (run,) = said["runs"]
+    assert said["healthy"] is run["healthy"] is False
+    k3 = run["metrics"]["sampling/k3_kl"]
+    assert (k3["healthy"], k3["range"], k3["since_step"]) == (False, [0.0, 1e-3], 20)
+    assert run["k3"] == {"live": 0.5, "replayed": 0.05, "steps": 1, "times": pytest.approx(10)}
+    assert run["last"]["reward"] == pytest.approx(0.5) and not (folder / "routing_report").exists()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", "--json", "--output", "anywhere", str(folder)])
+    assert ended.value.code == 2
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A run without replay."""
+    (tmp_path / "plain").mkdir()
+    log = [{"step": step, **TRAINED, "reward": 0.25} for step in range(1, 31)]
+    (tmp_path / "plain" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    return tmp_path / "plain"
+
+
+def test_two_runs_are_one_page(tmp_path, capsys):
+    one, other = a_run(tmp_path / "one"), a_run(tmp_path / "other", [("sampling/k3_kl", range(1, 31), 0.002)])
+    assert cli.main(["report", str(one), str(other)]) == 1
+    page = (one / "routing_comparison" / "report.html").read_text()
+    assert "A: one: Healthy" in page and "B: other: Not healthy: 1 of 7" in page
+    assert "<td>0.0002</td><td>0.002</td><td>10.00 times</td>" in page
+    written = {path.stem for path in (one / "routing_comparison").glob("*.png")}
+    alone = ("changed_routers", "agreement", "missing_rows")
+    assert written == {"mismatch", *(f"{run}-{name}" for run in "AB" for name in alone)}
+    capsys.readouterr()
+    assert cli.main(["report", "--json", str(one), str(other)]) == 1
+    assert [run["healthy"] for run in json.loads(capsys.readouterr().out)["runs"]] == [True, False]
+
+
+def test_a_run_without_replay_is_compared_and_not_judged(tmp_path, plain, capsys):
+    assert cli.main(["report", str(a_run(tmp_path / "run")), str(plain)]) == 0
+    assert "plain: Not judged" in capsys.readouterr().out
+    page = (tmp_path / "run" / "routing_comparison" / "report.html").read_text()
+    assert "<td>0.5</td><td>0.25</td><td>-0.25</td>" in page and "<td>not logged</td>" in page
+    assert cli.main(["report", str(plain), str(plain)]) == 2
+
+
+def test_no_panel_is_empty(tmp_path, plain):
+    """Of what was not logged there is none."""
+    run, bare = gather(a_run(tmp_path / "run")), RunData(tmp_path, log={"routing_replay/agreement": {1: 0.9}})
+    drawn = [mismatch(run), mismatch(gather(plain)), mismatch(run, gather(plain)), agreement(run), agreement(bare)]
+    assert [len(picture.figure.axes) for picture in drawn] == [6, 4, 6, 2, 1]
+    assert all(axes.lines for picture in drawn for axes in picture.figure.axes)
+    assert mismatch(bare) is None
+
+
+def test_colours_are_those_of_the_demo(tmp_path, plain):
+    """Whose runs take them in turn."""
+    in_turn = matplotlib.rcParamsDefault["axes.prop_cycle"].by_key()["color"]
+    of_demo = dict(zip(RUNS.values(), map(to_rgb, in_turn), strict=False))
+    assert of_demo == {True: to_rgb(REPLAYED), False: to_rgb(LIVE)}
+    reward = mismatch(gather(a_run(tmp_path / "run")), gather(plain)).figure.axes[2]
+    assert [line.get_color() for line in reward.lines] == [REPLAYED, LIVE]

@@ -1,0 +1,47 @@
+"""Healthy ranges follow how many experts there are, and how many a token takes."""
+
+import math
+
+import pytest
+
+from trl_r3.traces.healthy_ranges import BUSIEST, HealthyRange, healthy_ranges
+
+CHANGED = "routing_replay/changed_router_frac"
+# measured on a Mixtral of (E, K), rollouts in bfloat16 and with weights in eight bits: `trl_r3.traces.healthy_ranges`
+MEASURED = {
+    (4, 1): (0.0082, 0.0467),
+    (16, 1): (0.0189, 0.0789),
+    (16, 4): (0.0208, 0.1695),
+    (64, 8): (0.0549, 0.3554),
+    (128, 8): (0.0612, 0.4059),
+    (256, 8): (0.0808, 0.4779),
+}
+
+
+@pytest.mark.parametrize("sizes", MEASURED, ids=str)
+def test_changed_routers_tell_bfloat16_from_eight_bits(sizes):
+    healthy = healthy_ranges(top_k=sizes[1], num_experts=sizes[0])[CHANGED]
+    assert [share in healthy for share in MEASURED[sizes]] == [True, False]
+
+
+def test_one_bound_for_all_would_not():
+    one = healthy_ranges()[CHANGED]
+    assert one == healthy_ranges(8, 128)[CHANGED] and one.high == pytest.approx(0.2)
+    assert any(eight_bits in one for _, eight_bits in MEASURED.values())
+
+
+def test_a_load_that_is_everything_is_never_healthy():
+    for top_k, experts in ((2, 8), (8, 128), (8, 256), (1, 4)):
+        assert experts / top_k not in healthy_ranges(top_k, experts)[BUSIEST]
+    assert (healthy_ranges(2, 8)[BUSIEST].high, healthy_ranges(8, 256)[BUSIEST].high) == (3.0, 4.0)
+
+
+def test_every_expert_for_every_token():
+    """Nothing can change, and the load is even."""
+    healthy = healthy_ranges(4, 4)
+    assert 0.0 in healthy[CHANGED] and 1e-3 not in healthy[CHANGED] and 1.0 in healthy[BUSIEST]
+
+
+def test_in_words():
+    ranges = [HealthyRange(*each, "") for each in ((0.0, 0.0), (0.8, 1.0), (0.0, math.inf), (0.0, 1e-3))]
+    assert [str(each) for each in ranges] == ["0", "above 0.8", "above 0", "below 0.001"]
