@@ -14,7 +14,9 @@ from trl import ModelConfig
 
 from trl_r3 import R3GRPOConfig
 from trl_r3.cli import command as cli
-from trl_r3.cli.plan import Job, estimate, read_model
+from trl_r3.cli.plan.job import Job
+from trl_r3.cli.plan.memory import estimate
+from trl_r3.cli.plan.sizes import read_model
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

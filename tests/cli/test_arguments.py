@@ -16,13 +16,14 @@ BAD = {
     "no folder of a model": (["check", "./" + NO_ARGUMENT], "there is no such folder"),
     "no folder to verify": (["verify", "/" + NO_ARGUMENT], "there is no such folder"),
     "no folder to plan": (["plan", "--model", "../" + NO_ARGUMENT, "--prompts", "1"], "there is no such folder"),
+    "no strategy": (["plan", "--model", "some/model", "--prompts", "1", "--strategy", "zero4"], "`--strategy` is"),
     "no url": (["verify", "some/model", "--engine", "server"], "belong together"),
     "no server": (["verify", "some/model", "--url", "http://localhost"], "belong together"),
     "no trace": (["verify", "some/model", "--trace", NO_ARGUMENT], f"there is no trace {NO_ARGUMENT}"),
     "no run": (["report", NO_ARGUMENT], f"{NO_ARGUMENT} is no folder"),
     "three runs": (["report", ".", ".", "."], "3 folders, expected one run, or two"),
 }
-HEAVY = ("torch", "transformers", "trl", "matplotlib", "rich")
+HEAVY = ("torch", "numpy", "transformers", "trl", "matplotlib", "rich")
 SCRIPT = f"""
 import contextlib, io, json, sys
 from trl_r3.cli.command import main

@@ -21,8 +21,11 @@ from transformers import (
 )
 
 from trl_r3.cli import command as cli
-from trl_r3.cli import plan as plan_command
-from trl_r3.cli.plan import Job, PlanError, estimate, read_model, remedies
+from trl_r3.cli.plan import planning
+from trl_r3.cli.plan.job import Job, PlanError
+from trl_r3.cli.plan.memory import estimate
+from trl_r3.cli.plan.remedies import remedies
+from trl_r3.cli.plan.sizes import read_model
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "recipes" / "configs"
 QWEN = str(CONFIGS / "qwen3-30b-a3b")
@@ -228,6 +231,7 @@ def test_remedies_of_a_served_engine_name_the_server(qwen):
         (["--lora-rank", "-4"], "`--lora-rank` is -4"),
         (["--strategy", "zero4"], "`--strategy` is 'zero4'"),
         (["--gpu-memory", "-80"], "`--gpu-memory` is -80"),
+        (["--beta", "-1"], "`--beta` is -1"),
         (["--bandwidth", "nan"], "`--bandwidth` is nan"),
         (["--reserve", "1.5"], "`--reserve` is 1.5"),
         (["--load-in-4bit"], "needs LoRA"),
@@ -269,7 +273,7 @@ def test_unreachable_hub(monkeypatch, capsys):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nto load the files")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
-    assert cli.main(["plan", "--model", "Qwen/Qwen3-30B-A3B", "--prompts", "2"]) == 2
+    assert cli.main(["plan", "--model", "somebody/a-mixture", "--prompts", "2"]) == 2
     printed = capsys.readouterr().err
     assert "couldn't connect" in printed
     assert "pass a folder with a config.json" in printed
@@ -278,7 +282,7 @@ def test_unreachable_hub(monkeypatch, capsys):
 
 def test_json_stays_alone(monkeypatch, capsys):
     """DeepSpeed prints when something imports it, which counting adapters does."""
-    monkeypatch.setattr(plan_command, "read_model", lambda *args: print("[WARNING] talk") or read_model(*args))
+    monkeypatch.setattr(planning, "read_model", lambda *args: print("[WARNING] talk") or read_model(*args))
     status, figures = plan(capsys, "--gpus", "8", "--strategy", "fsdp2")
     assert status == 0 and figures["fits"]
 

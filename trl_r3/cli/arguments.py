@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .bad_input import BadInput, first_line
+from .plan.job import Job
 
 _LOCAL = ("/", "./", "../", "~")  # no id on the Hub begins so
 _DTYPES = ("auto", "float32", "bfloat16", "float16")  # taken without a look at PyTorch
@@ -33,6 +34,8 @@ def check_arguments(args: Namespace) -> None:
         return
     if args.model.startswith(_LOCAL) and not Path(args.model).expanduser().exists():
         raise BadInput(f"{args.model} cannot be loaded: there is no such folder. Pass one, or an id on the Hub.")
+    if args.command == "plan":
+        read_job(args)
     if args.command == "verify":
         check_engine_url(args.engine, args.url)
         if args.trace is not None and not args.trace.is_file():
@@ -41,6 +44,16 @@ def check_arguments(args: Namespace) -> None:
         parse_dtype(args.dtype)
     if args.command == "check" and args.device != "cpu":  # in a launch, `verify` takes none
         parse_device(args.device)
+
+
+def read_job(args: Namespace) -> Job:
+    """
+    What `trl-r3 plan` is asked to plan.
+
+    Raises:
+        [`BadInput`]: If its settings do not fit each other.
+    """
+    return Job(**{name: value for name, value in vars(args).items() if name not in ("command", "model", "json")})
 
 
 def check_run_folder(folder: Path) -> None:

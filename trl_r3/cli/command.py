@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .arguments import check_arguments
+from .arguments import check_arguments, read_job
 from .bad_input import BadInput, check_writable
 
 
@@ -104,6 +104,9 @@ def _add_plan(commands: Any) -> None:
         "--bandwidth", type=float, default=25.0, help="GB a second from host to device (default: %(default)s)"
     )
     plan.add_argument(
+        "--beta", type=float, default=0.0, help="TRL's `beta`; above 0 a reference model counts (default: %(default)s)"
+    )
+    plan.add_argument(
         "--spill",
         action="store_true",
         help="with `routing_replay_spill_dir`: records in files while they are trained on",
@@ -182,10 +185,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from . import plan
+    from .plan import planning
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("command", "model", "json")}
-    return plan.main(args.model, args.json, settings)
+    return planning.main(args.model, args.json, read_job(args))
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -59,14 +59,15 @@ def refuse_missing_folder(name: str) -> None:
     if not (path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or len(parents) > 1):
         if not parents or not Path(parents[0]).is_dir():
             return
-        if _is_cached(name):
+        if is_cached(name):
             return
     raise BadInput(
         f"{name} cannot be loaded: there is no such folder. Pass a folder with a model, or its id on the Hub."
     )
 
 
-def _is_cached(name: str) -> bool:
+def is_cached(name: str) -> bool:
+    """Whether the cache of the Hub has the config of a repository."""
     from huggingface_hub import try_to_load_from_cache
 
     try:

@@ -25,7 +25,8 @@ def as_dict(model: ModelFacts, job: Job, plan: Plan, changes: Sequence[Remedy]) 
         "num_experts": layout.num_experts,
         "top_k": layout.top_k,
     }
-    figures = {**asdict(plan), "gpu": plan.gpu, "gpu_missing": plan.gpu_missing, "host_missing": plan.host_missing}
+    derived = ("gpu", "left", "gpu_missing", "host_missing")
+    figures = {**asdict(plan), **{name: getattr(plan, name) for name in derived}}
     return {
         "fits": plan.fits,
         "model": facts,
@@ -43,8 +44,14 @@ def show(model: ModelFacts, job: Job, plan: Plan, changes: Sequence[Remedy]) -> 
         console.print(model.quantization, markup=False)
     console.print(_record_table(job, plan))
     console.print(_gpu_table(model, job, plan))
+    if plan.loading > plan.host_available:
+        console.print(
+            f"While they load, {job.gpus_of_a_host} processes hold {_gb(plan.loading)} of weights in the "
+            f"{_gb(plan.host_available)} of a host. Let one of them load: with FSDP2 by "
+            "`fsdp_cpu_ram_efficient_loading: true` in the config of accelerate, or with `--strategy zero3`."
+        )
     if plan.fits:
-        console.print("It fits. Activations and logits have to do with the reserve.")
+        console.print(f"It fits: {_gb(plan.left)} of each GPU are left for activations and logits.")
         return
     for problem in _problems(model, job, plan):
         console.print(problem)
@@ -117,9 +124,13 @@ def _gpu_table(model: ModelFacts, job: Job, plan: Plan) -> Table:
         table.add_row("in 4 bits", f"{model.quantizable / 1e9:.2f} billion; {stays / 1e9:.2f} billion stay")
     table.add_row("gradients", _gb(plan.gradients))
     table.add_row("optimizer", _gb(plan.optimizer))
-    table.add_row("layers gathered at a time", _gb(plan.gathered))
+    if plan.reference:
+        table.add_row("reference model (beta > 0)", _gb(plan.reference))
+    table.add_row("weights gathered at a time", _gb(plan.gathered))
     table.add_row("records", _gb(plan.records_on_device))
     table.add_row("together", f"{_gb(plan.gpu)} of {_gb(plan.gpu_available)}")
+    table.add_row("left for activations and logits", _gb(plan.left))
+    table.add_row("in the memory of a host while weights load", _gb(plan.loading))
     return table
 
 

@@ -47,6 +47,8 @@ class Job:
             GPUs that its copy of the weights is split over (`vllm_tensor_parallel_size`).
         bandwidth (`float`):
             GB a second from host to device.
+        beta (`float`):
+            TRL's `beta`: above 0, and without adapters, a reference model is loaded, too.
         spill (`bool`):
             Whether `routing_replay_spill_dir` is set.
         queue (`int`):
@@ -73,6 +75,7 @@ class Job:
     engine_share: float = 0.0
     engine_tensor_parallel: int = 1
     bandwidth: float = 25.0
+    beta: float = 0.0
     spill: bool = False
     queue: int = 0
     trust_remote_code: bool = False
@@ -89,6 +92,8 @@ class Job:
                 raise PlanError(f"`{option}` is {value}, but it counts: set {least} or more.")
             if field.name in ("gpu_memory", "host_memory", "bandwidth") and not 0 < value < math.inf:
                 raise PlanError(f"`{option}` is {value:g}, but it is a number of GB above 0.")
+            if field.name == "beta" and not 0 <= value < math.inf:
+                raise PlanError(f"`--beta` is {value:g}, but it weights a divergence: set 0 or more.")
             if field.name in ("reserve", "engine_share") and not 0 <= value < 1:
                 raise PlanError(f"`{option}` is {value:g}, but it is a share from 0 to below 1.")
         if self.reserve + self.engine_share >= 1:
@@ -123,6 +128,16 @@ class Job:
     def rank(self) -> int:
         """Rank of the adapters, 0 without."""
         return self.lora_rank or (16 if self.strategy == "lora" else 0)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether TRL loads a reference model. With adapters it is the base."""
+        return self.beta > 0 and not self.rank
+
+    @property
+    def bytes_of_a_weight(self) -> int:
+        """As it is loaded."""
+        return 2 if self.dtype == "bfloat16" else 4
 
     @property
     def samples(self) -> int:

@@ -35,10 +35,13 @@ class Plan:
             The same while it is trained on; with `routing_replay_spill_dir` the records are in files then.
         seconds_to_move (`float`):
             For the records of a process to reach its device once. Each pass over the rollout moves them.
-        weights, gradients, optimizer, gathered (`float`):
-            On each GPU; `gathered` is what sharding brings together for the layers that run.
-        gpu_available, host_available (`float`):
-            What of a GPU is left to these, and the memory of a host.
+        weights, gradients, optimizer, gathered, reference (`float`):
+            On each GPU; `gathered` is what sharding brings together for the layers that run, or, where that is more,
+            for all layers of the reference model, which TRL gives to FSDP2 as one.
+        loading (`float`):
+            Weights in the memory of the fullest host while they are loaded, before any rollout.
+        gpu_available, gpu_total, host_available (`float`):
+            What of a GPU these may take, the same and the reserve, and the memory of a host.
         engine_fits (`bool`):
             Whether a colocated engine holds its own copy of the weights.
     """
@@ -55,14 +58,23 @@ class Plan:
     gradients: float
     optimizer: float
     gathered: float
+    reference: float
+    loading: float
     gpu_available: float
+    gpu_total: float
     host_available: float
     engine_fits: bool
 
     @property
     def gpu(self) -> float:
         """Bytes on each GPU."""
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.records_on_device
+        states = self.weights + self.gradients + self.optimizer + self.reference
+        return states + self.gathered + self.records_on_device
+
+    @property
+    def left(self) -> float:
+        """Bytes of a GPU that are left for activations and logits, not below 0."""
+        return max(self.gpu_total - self.gpu, 0.0)
 
     @property
     def gpu_missing(self) -> float:
@@ -118,11 +130,38 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        gathered=gathered,
+        gathered=max(gathered, model.parameters * 2.0 * (job.has_reference and job.strategy == "fsdp2")),
+        reference=_reference(model, job),
+        loading=_loading(model, job),
         gpu_available=job.gpu_memory * GB * (1 - job.reserve - job.engine_share),
+        gpu_total=job.gpu_memory * GB * (1 - job.engine_share),
         host_available=job.host_memory * GB,
         engine_fits=not job.engine_share or engine < job.engine_share * job.gpu_memory * GB,
     )
+
+
+def _reference(model: ModelFacts, job: Job) -> float:
+    """A reference model on each GPU: sharded by FSDP2 and ZeRO-3, else whole; DeepSpeed keeps it in bfloat16."""
+    if not job.has_reference:
+        return 0.0
+    size = 2 if job.strategy.startswith("zero") else job.bytes_of_a_weight
+    return model.parameters * size / (job.gpus if job.strategy in ("fsdp2", "zero3") else 1)
+
+
+def _loading(model: ModelFacts, job: Job) -> float:
+    """
+    Weights in the memory of a host while they are loaded.
+
+    One process, and one that quantizes, loads onto its GPU. With several each loads all of them, and Accelerate makes
+    float32 of those that FSDP2 trains before it shards them. With ZeRO-3 the first process alone reads a checkpoint.
+    """
+    if job.load_in_4bit or (job.gpus == 1 and job.strategy in ("ddp", "lora")):
+        return 0.0
+    if job.strategy == "zero3":
+        return model.parameters * 2.0
+    whole = model.parameters * job.bytes_of_a_weight
+    upcast = model.trainable * 4 + (whole if job.rank else 0) if job.strategy == "fsdp2" else whole
+    return job.gpus_of_a_host * float(upcast + whole * job.has_reference)
 
 
 def _states(model: ModelFacts, job: Job) -> tuple[float, float, float, float]:
@@ -132,7 +171,7 @@ def _states(model: ModelFacts, job: Job) -> tuple[float, float, float, float]:
     AdamW keeps two moments in the dtype of what it updates. Accelerate's FSDP2 updates float32 copies wherever mixed
     precision is on; DeepSpeed keeps bfloat16 weights and gradients beside a float32 copy. Adapters are float32.
     """
-    size = 2 if job.dtype == "bfloat16" else 4
+    size = job.bytes_of_a_weight
     frozen = model.parameters if job.rank else 0
     base = float(frozen * size)
     if job.load_in_4bit:

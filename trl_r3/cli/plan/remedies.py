@@ -80,6 +80,8 @@ def _for_training(model: ModelFacts, job: Job) -> Iterator[tuple[str, Job]]:
     """Changes of weights, gradients and optimizer."""
     if job.dtype == "float32" and job.strategy in ("ddp", "lora"):
         yield "load the weights in bfloat16 (`--dtype bfloat16`)", replace(job, dtype="bfloat16")
+    if job.has_reference:
+        yield "train without a reference model (`--beta 0`)", replace(job, beta=0.0)
     base = replace(job, strategy="ddp", lora_rank=16) if job.strategy == "lora" else job
     if job.gpus > 1 and job.strategy in ("ddp", "zero2", "lora"):
         rank = f" --lora-rank {base.rank}" if base.rank else ""
