@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import types
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +14,7 @@ import torch
 from model_zoo import build_tiny
 from torch import nn
 
+import trl_r3
 from trl_r3._compat import (
     checkpoint_functions,
     drops_out,
@@ -16,7 +22,24 @@ from trl_r3._compat import (
     in_backward,
     set_checkpointing,
     swapped,
+    warn,
 )
+
+
+def test_warnings_are_at_the_line_of_the_user():
+    """Whatever lies between; and none of the package goes another way."""
+    between = types.ModuleType("transformers.between")
+    exec("def call(function, *args):\n    function(*args)", vars(between))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):  # as Python does for a line, it is said once
+            between.call(between.call, warn, "look here")
+    (told,) = caught
+    here = inspect.getsourcelines(test_warnings_are_at_the_line_of_the_user)[1]
+    assert (told.filename, told.category) == (__file__, RuntimeWarning) and here < told.lineno < here + 10
+    package = Path(trl_r3.__file__).parent
+    others = [path.name for path in package.rglob("*.py") if re.search(r"warnings\.warn\b", path.read_text())]
+    assert others == ["_compat.py"]
 
 
 class Owner:

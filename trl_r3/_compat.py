@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
@@ -12,12 +14,26 @@ import torch
 from torch import nn
 from torch.utils import _python_dispatch, checkpoint
 
+_LIBRARIES = ("trl_r3", "trl", "transformers", "accelerate", "torch", "contextlib", "importlib")
 _EXTRA_FIELDS = 5  # prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, ...
 
 
 def in_backward() -> bool:
     """Whether this thread runs autograd's backward. Goes when PyTorch has a public way to ask."""
     return torch._C._current_graph_task_id() != -1
+
+
+def warn(message: str) -> None:
+    """
+    Warn at the line of the user, through whatever libraries it calls this package.
+
+    Goes when Python 3.12, whose `warnings.warn` has `skip_file_prefixes`, is the oldest that is supported.
+    """
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES and frame.f_back is not None:
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, RuntimeWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)
 
 
 def unseen_by_checkpoints() -> AbstractContextManager:

@@ -213,8 +213,9 @@ def test_a_plain_trainer_replays_a_column(qwen, tmp_path, remove_unused_columns,
 def test_a_column_that_is_lost_on_the_way_is_told(qwen, ids):
     """TRL's SFTTrainer keeps the columns that it knows."""
     enable_routing_replay(qwen)
-    with pytest.warns(RuntimeWarning, match="no `routed_experts` came with its labels"):
+    with pytest.warns(RuntimeWarning, match="no `routed_experts` came with its labels") as told:
         qwen(ids, labels=ids)
+    assert [each.filename for each in told if "labels" in str(each.message)] == [__file__]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         qwen(ids, labels=ids)

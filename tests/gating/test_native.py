@@ -16,7 +16,7 @@ def test_an_extension_that_does_not_load_costs_one_warning(tmp_path):
     before = native_kernels()
     with pytest.warns(RuntimeWarning, match="cannot be loaded with torch") as caught:
         load_native_kernels(broken)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     assert native_kernels() == before
     load_native_kernels(tmp_path / "absent.so")
 

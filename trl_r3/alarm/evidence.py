@@ -9,13 +9,13 @@ Legend: M rows of observed tokens, L MoE layers, E experts, K experts per token.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._compat import warn
 from ..records.checks import MisalignedRecordError
 from ..records.metrics import shared_experts
 from ..records.record import RoutingLayout
@@ -225,16 +225,14 @@ class Alarm:
             return None
         if self.action == "error":
             return MisalignedRecordError(verdict.fault)
-        warnings.warn(verdict.fault, RuntimeWarning, stacklevel=2)
+        warn(verdict.fault)
         return None
 
     def _say_that_nothing_can_be_told(self) -> None:
         if not self._said:
             self._said = True
-            warnings.warn(
+            warn(
                 "all rows of the rollout were routed to the same experts, live and in the record, so nothing can tell "
                 "a right record from a moved one. If the routers are not meant to have collapsed, look at their "
-                "auxiliary loss.",
-                RuntimeWarning,
-                stacklevel=2,
+                "auxiliary loss."
             )

@@ -7,7 +7,6 @@ Legend: B sequences, P prompt tokens with padding, T tokens, L MoE layers, K exp
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat import find_causal_lm
+from .._compat import find_causal_lm, warn
 from ..records.checks import rows_that_matter
 from ..records.record import MISSING, RoutingLayout, missing_rows, unpack
 from ..records.sources import WholeBatch
@@ -146,13 +145,11 @@ class _EnabledModel:
             return
         if not self.noticed and kwargs.get("labels") is not None and torch.is_grad_enabled():
             self.noticed = True
-            warnings.warn(
+            warn(
                 "a loss is computed with live routing, on a model that was enabled to replay: no `routed_experts` "
                 "came with its labels. If the data has them, the trainer or its collator has dropped the column: set "
                 "`remove_unused_columns=False` and pass a `data_collator` that keeps it. Otherwise disable replay "
-                "while training.",
-                RuntimeWarning,
-                stacklevel=2,
+                "while training."
             )
 
     def _generate(self, generate: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -1,9 +1,10 @@
 """The one door to compiled kernels: loads the extension beside this file, where one was built."""
 
-import warnings
 from pathlib import Path
 
 import torch
+
+from .._compat import warn
 
 FORWARD = "trl_r3::gating_forward"
 # Raised with every change of what the raw ops take or return. Compiled kernels carry the number in their file
@@ -33,11 +34,9 @@ def load_native_kernels(library: Path = LIBRARY) -> None:
         reason = f"were built for another version of the op than {OPS_VERSION}, that of this package"
     except OSError as error:
         reason = f"cannot be loaded with torch {torch.__version__} ({error})"
-    warnings.warn(
+    warn(
         f"The gating kernels in {library} {reason}, so masked_topk_gating uses its PyTorch implementation. Rebuild "
-        "them with TRL_R3_BUILD=cpu|cuda pip install --no-build-isolation ., or delete that file.",
-        RuntimeWarning,
-        stacklevel=2,
+        "them with TRL_R3_BUILD=cpu|cuda pip install --no-build-isolation ., or delete that file."
     )
 
 

@@ -5,7 +5,6 @@ Legend: S steps, L MoE layers, E experts.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
+from .._compat import warn
 from ..records.expert_load import ExpertLoad
 from .healthy_ranges import BUSIEST, HealthyRange, healthy_ranges
 from .heat_map import busiest_experts, changed_routers
@@ -121,7 +121,7 @@ def _summary(path: Path) -> TraceCounts | None:
     try:
         trace = load_trace(path, with_records=False)
     except (OSError, ValueError) as error:
-        warnings.warn(f"left out of the pictures of routers: {error}", RuntimeWarning, stacklevel=2)
+        warn(f"left out of the pictures of routers: {error}")
         return None
     facts = trace.facts
     return TraceCounts(

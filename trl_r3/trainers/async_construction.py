@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
+from .._compat import warn
 from ..engines.vllm_server import returns_routes
 from ..engines.vllm_versions import check_vllm_version, vllm_serve_command
 from .config import check_types
@@ -132,18 +132,14 @@ def warn_of_ratio(args: Any, info: dict[str, Any]) -> None:
     named = ", ".join(f"{name}={getattr(args, name)}" for name, is_set in cuts.items() if is_set)
     mode = (info.get("model_config") or {}).get("logprobs_mode")
     if named:
-        warnings.warn(
+        warn(
             f"{named} changes the distribution that rollouts are drawn from, but training normalises over the whole "
             "vocabulary, so that every importance ratio is off. Set `top_p=1.0`, `top_k=0`, `min_p=None` and "
-            "`repetition_penalty=1.0`.",
-            RuntimeWarning,
-            stacklevel=4,
+            "`repetition_penalty=1.0`."
         )
     if mode == "raw_logprobs" and (named or args.temperature != 1.0):
-        warnings.warn(
+        warn(
             f"the server returns log-probabilities in mode {mode}, without temperature {args.temperature} and what "
             "else shapes its distribution, so that every importance ratio is off. Start it with `--logprobs-mode "
-            "processed_logprobs`.",
-            RuntimeWarning,
-            stacklevel=4,
+            "processed_logprobs`."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from trl.import_utils import is_vllm_available
 
+from .._compat import warn
 from ..engines.continuous_batching import recordable_config
 from ..engines.generate import check_decoding
 from ..engines.vllm_colocate import recording_llm
@@ -132,12 +132,10 @@ def warn_if_off(trainer: type, config: Any) -> None:
             Its config.
     """
     given = "no config" if config is None else f"a {type(config).__name__} without `use_routing_replay=True`"
-    warnings.warn(
+    warn(
         f"{trainer.__name__} was given {given}, so nothing is replayed: it trains as its parent in TRL does. Set "
         "`use_routing_replay=True` on the config that goes with it (R3GRPOConfig with R3GRPOTrainer), or use the "
-        "parent to train without replay on purpose.",
-        RuntimeWarning,
-        stacklevel=3,
+        "parent to train without replay on purpose."
     )
 
 
@@ -169,12 +167,10 @@ def _warn_of_cast(trainer: Any) -> None:
     if dtype is None or not wider:
         return
     count, setting = sum(map(torch.numel, wider)), "bf16" if trainer.args.bf16 else "fp16"
-    warnings.warn(
+    warn(
         f"the policy has {count} weights and buffers in {wider[0].dtype}, and with `{setting}=True` TRL casts them to "
         f"{dtype} for good when continuous batching first generates, selection biases of routers included. Load the "
-        f"policy in {dtype} to train what you see, set `{setting}=False`, or leave continuous batching out.",
-        RuntimeWarning,
-        stacklevel=4,
+        f"policy in {dtype} to train what you see, set `{setting}=False`, or leave continuous batching out."
     )
 
 

@@ -6,7 +6,6 @@ Legend: B batch, C completion tokens.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from .._compat import warn
 from ..alarm.evidence import Verdict
 from ..records.metrics import SHARES, ReplayStats, k3_kl, mismatch_sums
 from ..records.samples import Sample, ScoredBatch
@@ -122,12 +122,10 @@ def warn_of_truncation(trainer: Any) -> None:
     if not named:
         return
     effect = ", so that every importance ratio is off, and `sampling/*` is not logged" if trainer.use_vllm else ""
-    warnings.warn(
+    warn(
         f"{named} cuts the distribution that rollouts are drawn from, but training normalises over the whole "
         f"vocabulary{effect}. Set `use_sampling_mask_replay=True` to train over the tokens that were kept, or "
-        "`top_p=1.0`, `top_k=0` and `min_p=None`.",
-        RuntimeWarning,
-        stacklevel=4,
+        "`top_p=1.0`, `top_k=0` and `min_p=None`."
     )
 
 
@@ -147,12 +145,10 @@ def warn_if_worse(replayed: Tensor, live: Tensor, rollout_logprobs: Tensor, mask
     """At the weights of the rollout, replay brings training, (B, C) each, closer to it, or something is wrong."""
     k3_replayed, k3_live = (float(k3_kl(each, rollout_logprobs, mask)) for each in (replayed, live))
     if k3_replayed > k3_live > _ROUNDING_K3:
-        warnings.warn(
+        warn(
             f"at the weights of the rollout k3 is {k3_replayed:.3g} with its experts and {k3_live:.3g} with live "
             "routing: replay makes the mismatch worse. Look at `routing_replay/agreement` and `/contrast`, and "
-            "whether the engine computes with the trained weights.",
-            RuntimeWarning,
-            stacklevel=2,
+            "whether the engine computes with the trained weights."
         )
 
 

@@ -7,7 +7,6 @@ Legend: B batch, C completion tokens, T tokens with padding, L MoE layers, E exp
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._compat import warn
 from ..alarm.evidence import Verdict
 from ..records.metrics import ReplayStats
 from ..records.samples import Sample, ScoredBatch
@@ -172,11 +172,9 @@ class Tracer:
             save_trace(self._trace(pending), directory)
         except OSError as error:
             self.directory = None
-            warnings.warn(
+            warn(
                 f"tracing ends at step {pending.step}, the run goes on: {error}. Make room in {directory}, or set "
-                "`routing_replay_trace_every` higher.",
-                RuntimeWarning,
-                stacklevel=2,
+                "`routing_replay_trace_every` higher."
             )
 
     def _trace(self, pending: Pending) -> Trace:
