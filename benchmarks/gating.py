@@ -251,40 +251,40 @@ def measure_host(device: torch.device, calls: int) -> float:
     return (time.perf_counter() - start) / calls * 1e6
 
 
-def run(dry: bool = False, device: str | None = None) -> int:
+def run(smoke: bool = False, device: str | None = None) -> int:
     """
     Check the op against float64, measure it, and print a Markdown table.
 
     Args:
-        dry (`bool`, *optional*, defaults to `False`):
+        smoke (`bool`, *optional*, defaults to `False`):
             Few tokens and repeats: shows that everything works, its times mean nothing.
-        device (`str`, *optional*, defaults to `"cuda"`, with `dry` to `"cpu"` where there is no GPU):
+        device (`str`, *optional*, defaults to `"cuda"`, with `smoke` to `"cpu"` where there is no GPU):
             Device to measure.
 
     Returns:
         `int`: exit status, 2 where there is no GPU to measure.
     """
     if device is None:
-        device = "cpu" if dry and not torch.cuda.is_available() else "cuda"
+        device = "cpu" if smoke and not torch.cuda.is_available() else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        print("bench gating measures a GPU and finds none. Use --dry, or --device cpu.")
+        print("It measures a GPU and finds none. Use --smoke, or --device cpu.")
         return 2
     on_cuda, place = device == "cuda", torch.device(device)
-    timer, repeats = (time_on_cuda if on_cuda else time_on_cpu), (3 if dry else 30)
+    timer, repeats = (time_on_cuda if on_cuda else time_on_cpu), (3 if smoke else 30)
     cache = torch.cuda.get_device_properties(place).L2_cache_size if on_cuda else 32 << 20
     kernels = "compiled" if device in native_kernels() else "PyTorch"
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {kernels} kernels{', DRY RUN: times mean nothing' if dry else ''}")
-    bandwidth = measure_copy(place, timer, repeats, 16 if dry else 1024 if on_cuda else 256)
+    print(f"{name}, torch {torch.__version__}, {kernels} kernels{', SMOKE: times mean nothing' if smoke else ''}")
+    bandwidth = measure_copy(place, timer, repeats, 16 if smoke else 1024 if on_cuda else 256)
     print(f"copy on the device: {bandwidth:.1f} GB/s\n\n{HEADER}")
     for index, shape in enumerate(SHAPES):
-        shape = replace(shape, num_tokens=256) if dry else shape
+        shape = replace(shape, num_tokens=256) if smoke else shape
         matrix = shape.num_tokens * shape.num_experts * shape.dtype.itemsize
-        count = 2 if dry else min(64, math.ceil(3 * cache / matrix))
+        count = 2 if smoke else min(64, math.ceil(3 * cache / matrix))
         sets = [make_inputs(shape, place, seed) for seed in range(count)]
         check(shape, sets[0])
-        for row in measure_shape(shape, sets, partial(timer, repeats=repeats), index == 0 and not dry):
+        for row in measure_shape(shape, sets, partial(timer, repeats=repeats), index == 0 and not smoke):
             row.copy_bandwidth = bandwidth
             print(row, flush=True)
-    print(f"\nhost time of one call: {measure_host(place, 10 if dry else 1000):.1f} us")
+    print(f"\nhost time of one call: {measure_host(place, 10 if smoke else 1000):.1f} us")
     return 0

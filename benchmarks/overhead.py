@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .launches import launches
 from .mask_fidelity import mask_mismatch
 from .masks import mask_cost
 from .records import record_making
-from .setup import BenchSettings, Finding
+from .setup import BenchSettings, Finding, in_turn
 from .trace import trace_cost
 
 __all__ = ["BenchSettings", "Finding", "main"]
@@ -60,11 +61,8 @@ def main(output: Path | None, settings: BenchSettings | None = None, threads: in
     """
     settings = settings or BenchSettings()
     console = Console()
-    findings: list[Finding] = []
-    with threads_of(threads), console.status("") as status:
-        for part in PARTS:
-            status.update(part.__name__.replace("_", " "))
-            findings += part(settings)
+    with threads_of(threads):
+        findings = in_turn({part.__name__.replace("_", " "): partial(part, settings) for part in PARTS})
     console.print(table(findings))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

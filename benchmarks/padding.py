@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from trl_r3.cli.demo.policy import build_tokenizer
 from trl_r3.engines.generate import generate_with_routes
 from trl_r3.routers.router_replay import RouterReplay
 
-from .setup import BenchSettings, Finding, large_model, random_ids, record_of
+from .setup import BenchSettings, Finding, in_turn, large_model, random_ids, record_of
 from .unpadded import mask_of, unpadded_bits, unpadded_memory
 
 ARMS = ("live", "keep", "auto")
@@ -197,12 +198,21 @@ def run(settings: BenchSettings | None = None, rounds: int = 5) -> list[Finding]
     """
     torch.set_num_threads(1)
     settings = settings or BenchSettings(num_layers=4)
-    findings = [line for share, target in TARGETS.items() for line in model_cost(settings, share, target, rounds)]
-    findings += model_cost(settings, 0.5, 0.75, rounds, size=1)
-    findings += model_cost(settings, 0.5, 0.80, rounds, attention="eager")
-    findings += prefill_cost(settings, rounds)
-    findings += step_cost(settings, rounds)
-    findings += unpadded_memory(settings) + unpadded_bits(settings)
+    shares = {
+        f"{share:.0%} padding": partial(model_cost, settings, share, target, rounds)
+        for share, target in TARGETS.items()
+    }
+    findings = in_turn(
+        {
+            **shares,
+            "micro-batches": partial(model_cost, settings, 0.5, 0.75, rounds, size=1),
+            "eager attention": partial(model_cost, settings, 0.5, 0.80, rounds, attention="eager"),
+            "prefill": partial(prefill_cost, settings, rounds),
+            "GRPO step": partial(step_cost, settings, rounds),
+            "memory": partial(unpadded_memory, settings),
+            "gradients": partial(unpadded_bits, settings),
+        }
+    )
     for each in findings:
         bound = "" if each.target is None else f"  (target {each.target:.2f}{'' if each.met else ', missed'})"
         print(f"{each.what:64s} {each.value:.3f}{bound}")

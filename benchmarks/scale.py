@@ -1,4 +1,4 @@
-"""`trl-r3 bench scale`: whether what a record costs a token is the same for short and for long sequences.
+"""`python -m benchmarks scale`: whether what a record costs a token is the same for short and for long sequences.
 
 Legend: T tokens of a sequence, L MoE layers, K experts per token.
 """
@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from trl_r3.records.record import RoutingLayout, to_record
 from trl_r3.records.samples import Sample, ScoredBatch
 
 from .records import payload
-from .setup import Finding
+from .setup import Finding, in_turn
 
 QWEN3_30B = RoutingLayout(tuple(range(48)), 48, num_experts=128, top_k=8)
 MAX_SPREAD = 1.1  # the largest of the lengths over the smallest
@@ -46,6 +47,9 @@ class ScaleSettings:
     lengths: tuple[int, ...] = (1024, 4096, 8192, 16384, 32768)
     tokens: int = 65536
     repeats: int = 50
+
+
+SMOKE = ScaleSettings(lengths=(32, 64), tokens=256, repeats=2)
 
 
 def run(output: Path | None, settings: ScaleSettings | None = None) -> list[Finding]:
@@ -80,8 +84,9 @@ def run(output: Path | None, settings: ScaleSettings | None = None) -> list[Find
 def scale(settings: ScaleSettings) -> list[Finding]:
     """Nanoseconds and bytes a token of each stage and length, and how far the lengths are apart."""
     stages = {length: _stages(length, settings.tokens // length) for length in settings.lengths}
-    findings: list[Finding] = []
-    for name in ("records", "alignment", "transfer"):
+
+    def compared(name: str) -> list[Finding]:
+        findings: list[Finding] = []
         works = {length: of_length[name] for length, of_length in stages.items()}
         times = _nanoseconds(works, settings)
         sizes = {length: _bytes(work) / _tokens(length, settings) for length, work in works.items()}
@@ -91,7 +96,9 @@ def scale(settings: ScaleSettings) -> list[Finding]:
             ]
             spread = max(values.values()) / min(values.values())
             findings.append(Finding(f"{name}: {what} a token, largest over smallest", spread, MAX_SPREAD))
-    return findings
+        return findings
+
+    return in_turn({name: partial(compared, name) for name in ("records", "alignment", "transfer")})
 
 
 def _tokens(length: int, settings: ScaleSettings) -> int:

@@ -5,6 +5,8 @@ Legend: B batch, T tokens, L MoE layers, K experts per token.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,28 @@ class BenchSettings:
     scored_batches: int = 20
 
 
+SMOKE = BenchSettings(
+    hidden_size=32,
+    num_layers=2,
+    num_experts=8,
+    top_k=2,
+    batch=4,
+    length=32,
+    prompts=2,
+    prompt_length=4,
+    new_tokens=3,
+    pairs=1,
+    scored=8,
+    launch_layers=2,
+    launch_rounds=2,
+    vocabulary=64,
+    kept=(4,),
+    mask_pairs=1,
+    scored_vocabulary=64,
+    scored_batches=1,
+)
+
+
 @dataclass
 class Finding:
     """One line of the table; `target` is an upper bound, where there is one."""
@@ -83,6 +107,15 @@ class Finding:
     def met(self) -> bool | None:
         """Whether the value is within its target."""
         return None if self.target is None else self.value <= self.target
+
+
+def in_turn(parts: dict[str, Callable[[], list[Finding]]]) -> list[Finding]:
+    """What all parts find, by name; which of them runs is said on standard error, by no thread of its own."""
+    findings = []
+    for number, (name, part) in enumerate(parts.items(), 1):
+        print(f"{number} of {len(parts)}: {name}", file=sys.stderr, flush=True)
+        findings += part()
+    return findings
 
 
 def large_model(settings: BenchSettings) -> Any:

@@ -100,24 +100,27 @@ def launch(config: str, folder: Path, steps: int, use_replay: bool) -> list[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("configs", nargs="*", default=[], help="names in examples/accelerate, e.g. fsdp2 zero3")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=4, help="runs without and with replay (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=15, help="of each run (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="one pair of the shortest runs: times mean nothing")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--replay", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder is not None:
         train(options.folder, options.steps, options.replay)
         return
+    pairs, steps = (1, WARM_UP + 1) if options.smoke else (options.pairs, options.steps)
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES)).save_pretrained(folder / "model")
         for config in options.configs:
-            medians = [
-                [statistics.median(launch(config, folder, options.steps, replay)) for replay in (False, True)]
-                for _ in range(options.pairs)
-            ]
+            medians = []
+            for pair in range(pairs):
+                print(f"{config}: pair {pair + 1} of {pairs}", file=sys.stderr, flush=True)
+                of_pair = [launch(config, folder, steps, replay) for replay in (False, True)]
+                medians.append([statistics.median(times) for times in of_pair])
             ratios = [replayed / live for live, replayed in medians]
             live = statistics.median(live for live, _ in medians)
             print(

@@ -11,7 +11,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -22,7 +23,8 @@ from rich.console import Console
 
 from trl_r3.engines.vllm_versions import vllm_engine_kwargs
 
-from .setup import BenchSettings, Finding, large_model
+from .setup import SMOKE as SMALL
+from .setup import BenchSettings, Finding, in_turn, large_model
 
 LEAST_THROUGHPUT = 0.97  # with routes over without
 ENVIRONMENT = {
@@ -53,6 +55,11 @@ class CaptureSettings:
     prompts: int = 4
     pairs: int = 4
     model: BenchSettings = BenchSettings()
+
+
+SMOKE = CaptureSettings(
+    prompt_lengths=(8, 40), new_tokens=4, prompts=2, pairs=1, model=replace(SMALL, hidden_size=128)
+)
 
 
 def run(output: Path | None, settings: CaptureSettings | None = None) -> list[Finding]:
@@ -110,17 +117,18 @@ def _capture(routes: bool) -> dict[str, bool]:
 
 def capture(engines: dict[bool, Any], settings: CaptureSettings) -> list[Finding]:
     """Processor seconds of both engines at each length of a prompt."""
-    findings: list[Finding] = []
     seeds = count()
-    for length in settings.prompt_lengths:
+
+    def of_length(length: int) -> list[Finding]:
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for pair in range(settings.pairs + 1):
             for routes in (False, True) if pair % 2 else (True, False):  # neither always follows the other
                 spent = measure(engines[routes], length, next(seeds), settings)
                 if pair:  # the first pair warms up
                     seconds[routes].append(spent)
-        findings += list(_compared(length, seconds))
-    return findings
+        return list(_compared(length, seconds))
+
+    return in_turn({f"prompts of {length}": partial(of_length, length) for length in settings.prompt_lengths})
 
 
 def measure(llm: Any, length: int, seed: int, settings: CaptureSettings) -> float:

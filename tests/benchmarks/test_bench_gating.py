@@ -6,10 +6,10 @@ import torch
 from benchmarks import gating as bench
 
 
-def test_a_dry_run_measures_every_shape(capsys):
-    assert bench.run(dry=True, device="cpu") == 0
+def test_a_smoke_run_measures_every_shape(capsys):
+    assert bench.run(smoke=True, device="cpu") == 0
     out = capsys.readouterr().out
-    assert "DRY RUN: times mean nothing" in out
+    assert "SMOKE: times mean nothing" in out
     assert out.count("| T=256 ") == 6 * len(bench.SHAPES)
     assert "host time of one call" in out
 
@@ -17,7 +17,7 @@ def test_a_dry_run_measures_every_shape(capsys):
 def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.run() == 2
-    assert "finds none. Use --dry, or --device cpu." in capsys.readouterr().out
+    assert "finds none. Use --smoke, or --device cpu." in capsys.readouterr().out
 
 
 def test_wrong_numbers_are_not_measured(monkeypatch):
@@ -29,7 +29,7 @@ def test_wrong_numbers_are_not_measured(monkeypatch):
 
     monkeypatch.setattr(bench, "op_forward", wrong)
     with pytest.raises(AssertionError):
-        bench.run(dry=True, device="cpu")
+        bench.run(smoke=True, device="cpu")
 
 
 def test_necessary_bytes_are_those_of_the_floor():

@@ -10,35 +10,14 @@ from benchmarks import __main__ as command
 from benchmarks import costs, fidelity, overhead
 from benchmarks import gating as gating_bench
 from benchmarks.overhead import main
-from benchmarks.setup import BenchSettings, Finding
+from benchmarks.setup import SMOKE, Finding
 from trl_r3 import RouterReplay
-
-TINY = BenchSettings(
-    hidden_size=32,
-    num_layers=2,
-    num_experts=8,
-    top_k=2,
-    batch=2,
-    length=8,
-    prompts=2,
-    prompt_length=4,
-    new_tokens=3,
-    pairs=1,
-    scored=8,
-    launch_layers=2,
-    launch_rounds=2,
-    vocabulary=64,
-    kept=(4,),
-    mask_pairs=1,
-    scored_vocabulary=64,
-    scored_batches=1,
-)
 
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "deep" / "bench.json"
-    main(path, TINY)
+    assert command.main(["--smoke", "--output", str(path)]) == 0
     return json.loads(path.read_text())
 
 
@@ -76,7 +55,7 @@ def test_the_spy_sees_what_runs(monkeypatch):
 
     real = RouterReplay.replay
     monkeypatch.setattr(RouterReplay, "replay", shifted)
-    (finding,) = [finding for finding in fidelity.mismatch(TINY) if "execute other ids" in finding.what]
+    (finding,) = [finding for finding in fidelity.mismatch(SMOKE) if "execute other ids" in finding.what]
     assert finding.what == f"rows of {finding.value} that execute other ids than recorded"
     assert not finding.met
 
@@ -84,7 +63,7 @@ def test_the_spy_sees_what_runs(monkeypatch):
 def test_differing_bits_are_seen(monkeypatch):
     real = fidelity.record_of
     monkeypatch.setattr(fidelity, "record_of", lambda *args: (real(*args) + 1) % 32)
-    assert all(finding.value > 0 and not finding.met for finding in fidelity.own_record(TINY))
+    assert all(finding.value > 0 and not finding.met for finding in fidelity.own_record(SMOKE))
 
 
 def test_pairs_take_turns():
@@ -111,13 +90,13 @@ def test_threads_come_back(monkeypatch):
 
     monkeypatch.setattr(overhead, "PARTS", (part,))
     torch.set_num_threads(2)
-    assert main(None, TINY) == [Finding("threads", 1)]
+    assert main(None, SMOKE) == [Finding("threads", 1)]
     assert torch.get_num_threads() == 2
 
 
 def test_gating_is_passed_on(monkeypatch):
     seen = []
-    monkeypatch.setattr(gating_bench, "run", lambda dry, device: seen.append((dry, device)) or 2)
+    monkeypatch.setattr(gating_bench, "run", lambda smoke, device: seen.append((smoke, device)) or 2)
     assert command.main(["gating", "--dry"]) == 2
     assert command.main(["gating", "--device", "cpu"]) == 2
     assert seen == [(True, None), (False, "cpu")]

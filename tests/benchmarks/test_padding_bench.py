@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import padding, unpadded
 from benchmarks.setup import BenchSettings
 
@@ -14,13 +15,16 @@ def test_batches_have_so_much_padding(share):
     assert mask.any(1).all() and (not share or len(set(mask.sum(1).tolist())) > 4)
 
 
-def test_every_arm_is_measured(capsys):
-    small = BenchSettings(hidden_size=32, num_layers=2, num_experts=8, top_k=2, batch=4, length=32)
-    found = padding.run(small, rounds=1)
+def test_every_arm_is_measured(capsys, monkeypatch):
+    own = padding.run
+    found: list = []
+    monkeypatch.setattr(padding, "run", lambda *args, **kwargs: found.extend(own(*args, **kwargs)) or found)
+    assert command.main(["padding", "--smoke"]) == 0
     targets = {line.what.partition(":")[0]: line.target for line in found if line.target}
     assert [*targets.values()] == [1.02, 0.8, 0.6, 0.6, 0.45, 0.75, 0.8, 0.75, 0.6, 0.65, 0.65, 1.05]
     assert len(found) == 30 and all(line.value > 0 for line in found if "resident" not in line.what)
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert progress.count(" of 10: ") == 10 and "8 of 10: GRPO step" in progress
     assert "GRPO step, 35% padding: replayed without over live" in text
     assert "in micro-batches of 1, 4" in text and "eager attention, 4" in text and "prefill, " in text
 

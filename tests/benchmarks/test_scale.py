@@ -8,13 +8,11 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import scale
 
-TINY = scale.ScaleSettings(lengths=(32, 64), tokens=256, repeats=2)
-
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
     path = tmp_path_factory.mktemp("scale") / "deep" / "scale.json"
-    scale.run(path, TINY)
+    assert command.main(["--output", str(path), "scale", "--smoke"]) == 0
     return json.loads(path.read_text())
 
 
@@ -47,7 +45,7 @@ def test_memory_that_is_held_in_secret_counts(monkeypatch):
         return record.new_empty(2, *record.shape).copy_(record.expand(2, *record.shape))[0]
 
     monkeypatch.setattr(scale, "to_record", view)
-    findings = {finding.what: finding.value for finding in scale.scale(TINY)}
+    findings = {finding.what: finding.value for finding in scale.scale(scale.SMOKE)}
     assert findings["records: bytes a token, 64 tokens"] == 2 * 384 * 63 / 64
 
 
@@ -65,10 +63,3 @@ def test_what_grows_with_the_length_is_seen(monkeypatch):
     findings = {finding.what: finding for finding in scale.scale(settings)}
     assert findings["records: ns a token, largest over smallest"].value > 1.1
     assert not findings["records: ns a token, largest over smallest"].met
-
-
-def test_it_is_passed_on(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(scale, "run", seen.append)
-    assert command.main(["--output", str(tmp_path / "out.json"), "scale"]) == 0
-    assert seen == [tmp_path / "out.json"]

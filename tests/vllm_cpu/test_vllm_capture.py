@@ -8,12 +8,8 @@ import cpu_engine
 import pytest
 
 from benchmarks import vllm_capture
-from benchmarks.setup import BenchSettings
 
 pytestmark = pytest.mark.vllm
-
-MODEL = BenchSettings(hidden_size=128, num_layers=2, num_experts=8, top_k=2)
-TINY = vllm_capture.CaptureSettings(prompt_lengths=(8, 40), new_tokens=4, prompts=2, pairs=1, model=MODEL)
 
 
 def test_one_engine_returns_routes_and_the_other_does_not(tmp_path, monkeypatch):
@@ -40,13 +36,13 @@ def test_one_engine_returns_routes_and_the_other_does_not(tmp_path, monkeypatch)
     if cpu_engine.SECOND_RUNNER:
         cpu_engine.cut_without_triton()
     try:
-        vllm_capture.run(tmp_path / "capture.json", TINY)
+        vllm_capture.run(tmp_path / "capture.json", vllm_capture.SMOKE)
     finally:
         for llm in engines:
             cpu_engine.close(llm)
     assert returned == {False: {False}, True: {True}}
     log = json.loads((tmp_path / "capture.json").read_text())
     findings = {entry["what"]: entry["value"] for entry in log["findings"]}
-    for length in TINY.prompt_lengths:
+    for length in vllm_capture.SMOKE.prompt_lengths:
         with_routes, without = (findings[f"prompts of {length}: seconds {how}"] for how in ("with routes", "without"))
         assert findings[f"prompts of {length}: throughput with routes over without"] == without / with_routes
