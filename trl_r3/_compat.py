@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +28,8 @@ def warn(message: str) -> None:
 
     Goes when Python 3.12, whose `warnings.warn` has `skip_file_prefixes`, is the oldest that is supported.
     """
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
+    assert frame is not None  # as in every Python that PyTorch runs in
     while frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES and frame.f_back is not None:
         frame = frame.f_back
     registry = frame.f_globals.setdefault("__warningregistry__", {})

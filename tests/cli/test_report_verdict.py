@@ -2,13 +2,10 @@
 
 import json
 
-import matplotlib
 import pytest
 from made_traces import make_trace
-from matplotlib.colors import to_rgb
 
 from trl_r3.cli import command as cli
-from trl_r3.cli.demo.run import RUNS
 from trl_r3.cli.report.drawing import LIVE, REPLAYED
 from trl_r3.cli.report.run_data import RunData, gather
 from trl_r3.cli.report.run_verdict import WINDOW, judge_run
@@ -162,10 +159,8 @@ def test_no_panel_is_empty(tmp_path, plain):
     assert mismatch(bare) is None
 
 
-def test_colours_are_those_of_the_demo(tmp_path, plain):
-    """Whose runs take them in turn."""
-    in_turn = matplotlib.rcParamsDefault["axes.prop_cycle"].by_key()["color"]
-    of_demo = dict(zip(RUNS.values(), map(to_rgb, in_turn), strict=False))
-    assert of_demo == {True: to_rgb(REPLAYED), False: to_rgb(LIVE)}
-    reward = mismatch(gather(a_run(tmp_path / "run")), gather(plain)).figure.axes[2]
-    assert [line.get_color() for line in reward.lines] == [REPLAYED, LIVE]
+def test_a_colour_is_a_way_of_routing(tmp_path, plain):
+    run = gather(a_run(tmp_path / "run", [("sampling/live/k3_kl", [5, 10], 1e-3)]))
+    k3, _, reward, *_ = mismatch(run, gather(plain)).figure.axes
+    assert [line.get_color() for line in k3.lines] == [REPLAYED, LIVE]
+    assert [(line.get_color(), line.get_linestyle()) for line in reward.lines] == [(REPLAYED, "-"), (LIVE, "--")]

@@ -1,7 +1,7 @@
 """What is healthy of each metric: one place for the verdict of a report, its pictures and the heat maps.
 
-The ranges are those of docs/metrics.md. Kappa is corrected for chance, and k3 and F(2) are of tokens, so that none of
-them depends on the number of experts; what a router selects and how its load spreads do.
+The ranges are those of the table of metrics in the docs. Kappa is corrected for chance, and k3 and F(2) are of tokens,
+so that none of them depends on the number of experts; what a router selects and how its load spreads do.
 
 Legend: E experts, K experts per token.
 """
@@ -17,7 +17,7 @@ PAPER = (8, 128)  # K and E of Qwen3-30B-A3B, which the R3 paper trains (arXiv 2
 CHANGED_THERE = 0.2  # the paper saw 0.1 of the routers change, with a rollout in bfloat16
 K3 = 1e-3  # two forwards of one training engine differ by 8.4e-4 in the paper
 EXTREME = 1e-3  # a rule of thumb: one token in a thousand
-KAPPA = 0.8  # what right records measured at least (docs/alarm.md, and beside MIN_KAPPA of the alarm)
+KAPPA = 0.8  # what right records measured at least (beside MIN_KAPPA of the alarm)
 LOAD = 4.0  # a rule of thumb: times the even share
 LOAD_OF_ALL = 0.75  # likewise, where E / K is low: as a share of E / K, at which every token goes to the expert
 

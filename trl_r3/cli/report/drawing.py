@@ -11,7 +11,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from .run_data import Curve
 
-LIVE, REPLAYED, HEALTHY = "tab:blue", "tab:orange", "tab:green"  # the first two as in the plot of the demo
+LIVE, REPLAYED, HEALTHY = "tab:red", "tab:blue", "tab:green"  # the first two as in the plot of the demo
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _load(data: RunData) -> Picture | None:
     for (way, each), color, style in zip(times.items(), (REPLAYED, LIVE), ("-", "--"), strict=True):
         last.plot(each.max(1), rows, style, color=color, marker=".", label=way)
     last.axvspan(1, data.healthy[BUSIEST].high, color=HEALTHY, alpha=0.12, linewidth=0, label="healthy")
-    last.axvline(experts / data.facts.top_k, color="tab:red", linestyle=":", label="every token")
+    last.axvline(experts / data.facts.top_k, color="black", linestyle=":", label="every token")
     last.set(title="busiest expert of a layer", xlabel="times the even share", xlim=(0, None))
     last.grid(alpha=0.3)
     legend(last)
@@ -98,7 +98,7 @@ def _load(data: RunData) -> Picture | None:
         "expert_load",
         "Expert load by layer",
         "Look for experts that are bright in one map and dark in the other (live routing has moved away from the "
-        "rollout) and for a layer whose busiest expert nears the red line, where every token goes to it: that router "
+        "rollout) and for a layer whose busiest expert nears the dotted line, where every token goes to it: that router "
         "collapses.",
         figure,
     )

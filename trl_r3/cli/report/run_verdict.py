@@ -10,7 +10,7 @@ from typing import Any
 from ...traces.healthy_ranges import BUSIEST, HealthyRange
 from .run_data import K3, LIVE_K3, MISSING_ROWS, Curve, RunData
 
-WINDOW = 10  # logged steps of a mean: a single batch scatters by a factor of ten (docs/metrics.md)
+WINDOW = 10  # logged steps of a mean: a single batch scatters by a factor of ten
 EQUAL = 0.1  # share by which medians of k3 may differ without saying anything
 
 

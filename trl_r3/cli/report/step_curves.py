@@ -42,7 +42,7 @@ def mismatch(*runs: RunData) -> Picture | None:
     return Picture(
         "mismatch",
         "Mismatch and training over steps" if named and has_k3 else "Mismatch over steps" if has_k3 else "Training",
-        "Look for steps where replayed (orange) jumps or meets live (blue), and for an orange level above the band, "
+        "Look for steps where replayed (blue) jumps or meets live (red), and for a blue level above the band, "
         "which is about what two forwards of one training engine differ by in the R3 paper: what is left is not "
         "routing. A mismatch that hurts shows beside it: reward stops, entropy falls fast, or the clip ratio grows.",
         figure,
@@ -90,12 +90,12 @@ def agreement(data: RunData) -> Picture | None:
     left, *right = figure.subplots(1, 2 if contrast else 1, squeeze=False)[0]
     line(left, kappa, "agreement", REPLAYED)
     healthy(left, KAPPA, 1, "healthy")
-    left.axhline(MIN_KAPPA, color="tab:red", linestyle=":", label="the alarm looks closer below")
+    left.axhline(MIN_KAPPA, color="black", linestyle=":", label="the alarm looks closer below")
     finish(left, ylabel="kappa", ylim=(min(0.0, *kappa.values()), 1.05), title="agreement, lowest layer")
     for axes in right:
         line(axes, contrast, "contrast", REPLAYED)
         healthy(axes, 0, max(0.1, *contrast.values()) * 1.1, "healthy")
-        axes.axhline(0, color="tab:red", linestyle=":", label="a moved record fits as well")
+        axes.axhline(0, color="black", linestyle=":", label="a moved record fits as well")
         finish(axes, ylabel="overlap", title="contrast with the record moved by one token")
     return Picture(
         "agreement",
@@ -114,7 +114,7 @@ def missing(data: RunData) -> Picture | None:
     figure = new_figure(10, 3.4)
     axes = figure.subplots()
     line(axes, replayed, "replayed", REPLAYED)
-    line(axes, lacking, "missing", "tab:red")
+    line(axes, lacking, "missing", "black")
     axes.axhspan(-0.02, 0.02, color=HEALTHY, alpha=0.2, linewidth=0, label="healthy for missing")
     axes.axhspan(0.98, 1.02, color=HEALTHY, alpha=0.2, linewidth=0, label="healthy for replayed")
     finish(axes, ylabel="share of rows", ylim=(-0.05, 1.05), title="rows that the loss depends on")
