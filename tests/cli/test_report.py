@@ -70,6 +70,7 @@ def test_traces_of_all_processes_are_one(run):
         at = step.step + 1
         assert data.curve("sampling/k3_kl")[at] == pytest.approx(float(k3_kl(train, rollout, mask)))
         assert data.curve("sampling/live/k3_kl")[at] == pytest.approx(float(k3_kl(live, rollout, mask)))
+        assert data.curve("sampling/extreme_token_frac")[at] == float(extreme_token_frac(train, rollout, mask))
         for tau in TAUS:
             assert data.extreme("live", tau)[at] == pytest.approx(float(extreme_token_frac(live, rollout, mask, tau)))
         assert step.replayed.tokens == 2 * (40 - 2 - 1)

@@ -147,6 +147,7 @@ def test_a_run_without_replay_is_compared_and_not_judged(tmp_path, plain, capsys
     assert "plain: Not judged" in capsys.readouterr().out
     page = (tmp_path / "run" / "routing_comparison" / "report.html").read_text()
     assert "<td>0.5</td><td>0.25</td><td>-0.25</td>" in page and "<td>not logged</td>" in page
+    assert page.count("<div>not logged by this run</div>") == 3, "beside each picture of the other"
     assert cli.main(["report", str(plain), str(plain)]) == 2
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ...traces.healthy_ranges import BUSIEST
-from .run_data import K3, LIVE_K3, TRAINING, RunData
+from .run_data import EXTREME, K3, LIVE_K3, TRAINING, RunData
 from .run_verdict import means_of
 
 COMPARED = (
     *TRAINING,
     K3,
     LIVE_K3,
-    "sampling/extreme_token_frac",
+    EXTREME,
     "routing_replay/changed_router_frac",
     "routing_replay/agreement",
     BUSIEST,

@@ -32,8 +32,11 @@ h1 { margin: 0 0 1rem; } .runs { display: flex; gap: 1.5rem; } .runs > * { flex:
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: 0.1rem 1.2rem 0.1rem 0; vertical-align: top;
 text-align: left; border-top: 1px solid var(--line); } td:first-child, th { color: var(--soft); font-weight: normal; }
 figure { margin: 2.5rem 0; } figure img { width: 100%; height: auto; border-radius: 4px; }
-figure .runs img { align-self: start; } figure > img { max-width: max-content; }
+figure > img { max-width: max-content; }
 """.strip()
+
+
+_NOTHING = "<div>not logged by this run</div>"
 
 
 def write(runs: Sequence[tuple[RunData, RunVerdict]], output: Path) -> Path:
@@ -59,8 +62,9 @@ def write(runs: Sequence[tuple[RunData, RunVerdict]], output: Path) -> Path:
         if name == "mismatch" and together is not None:
             figures.append(_figure([_image(together, output)], together))
             continue
-        drawn = [(letter, each[name]) for letter, each in zip(_letters(runs), by_run, strict=True) if name in each]
-        figures.append(_figure([_image(picture, output, letter) for letter, picture in drawn], drawn[0][1]))
+        drawn = [(letter, each.get(name)) for letter, each in zip(_letters(runs), by_run, strict=True)]
+        images = [_image(picture, output, letter) if picture else _NOTHING for letter, picture in drawn]
+        figures.append(_figure(images, next(filter(None, (picture for _, picture in drawn)))))
     page = output / "report.html"
     page.write_text(_page(runs, figures), encoding="utf-8")
     return page
@@ -75,12 +79,13 @@ def _image(picture: Picture, output: Path, letter: str = "") -> str:
     picture.figure.savefig(content, format="png", dpi=110)
     (output / f"{letter and letter + '-'}{picture.name}.png").write_bytes(content.getvalue())
     source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    return f'<img alt="{escape(f"{letter} {picture.title}".strip())}" src="{source}">'
+    image = f'<img alt="{escape(f"{letter} {picture.title}".strip())}" src="{source}">'
+    return f"<div>{letter}{image}</div>" if letter else image
 
 
 def _figure(images: list[str], picture: Picture) -> str:
     shown = images[0] if len(images) == 1 else f'<div class="runs">{"".join(images)}</div>'
-    text = f"<h2>{escape(picture.title)}</h2>\n<p>{escape(picture.look_for)}</p>"
+    text = f"<h2>{escape(picture.title)}</h2>\n<p>{_text(picture.look_for)}</p>"
     return f'<figure id="{picture.name}">{text}\n{shown}</figure>'
 
 

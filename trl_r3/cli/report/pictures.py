@@ -98,8 +98,8 @@ def _load(data: RunData) -> Picture | None:
         "expert_load",
         "Expert load by layer",
         "Look for experts that are bright in one map and dark in the other (live routing has moved away from the "
-        "rollout) and for a layer whose busiest expert nears the dotted line, where every token goes to it: that router "
-        "collapses.",
+        "rollout) and for a layer whose busiest expert nears the dotted line, where every token goes to it: that "
+        "router collapses.",
         figure,
     )
 

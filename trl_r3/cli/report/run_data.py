@@ -23,7 +23,8 @@ from ...traces.trace_summary import StepSummary, summarise
 LOGGED_LAYER = re.compile(r"routing_replay/load/layer_(\d+)/busiest")
 TAUS = (1.1, 1.5, 2.0)
 MAX_NAMED = 3  # unreadable files
-K3, LIVE_K3, MISSING_ROWS = "sampling/k3_kl", "sampling/live/k3_kl", "routing_replay/missing_frac"
+K3, LIVE_K3, EXTREME = "sampling/k3_kl", "sampling/live/k3_kl", "sampling/extreme_token_frac"
+MISSING_ROWS = "routing_replay/missing_frac"
 # what TRL logs of training, and what the report calls it
 TRAINING = {"reward": "reward", "entropy": "entropy", "clip_ratio/region_mean": "clip ratio", "loss": "loss"}
 
@@ -79,6 +80,8 @@ class RunData:
         """A metric over steps: from the log, and where that lacks it, from the traces."""
         if name == BUSIEST and (by_step := self.busiest()[1]):  # of the worst layer
             return {step: max(by_step[step]) for step in sorted(by_step)}
+        if name == EXTREME:
+            return self.extreme("replayed", TAUS[-1])
         traced = {_logged_at(step): value for step in self.steps if (value := _of_step(step, name)) is not None}
         return dict(sorted({**traced, **self.log.get(name, {})}.items()))
 
@@ -92,7 +95,7 @@ class RunData:
 
     def extreme(self, way: str, tau: float) -> Curve:
         """F(tau) over steps of `"replayed"` or `"live"` routing."""
-        name = {"replayed": "sampling/extreme_token_frac", "live": "sampling/live/extreme_token_frac"}[way]
+        name = {"replayed": EXTREME, "live": "sampling/live/extreme_token_frac"}[way]
         sums = {_logged_at(step): getattr(step, way) for step in self.steps}
         traced = {at: each.extreme[tau] / each.tokens for at, each in sums.items() if each.tokens}
         return dict(sorted({**traced, **(self.log.get(name, {}) if tau == 2.0 else {})}.items()))
