@@ -161,7 +161,11 @@ def test_no_panel_is_empty(tmp_path, plain):
 
 
 def test_a_colour_is_a_way_of_routing(tmp_path, plain):
+    """Also of a run without replay that logs its mismatch, which is not judged."""
     run = gather(a_run(tmp_path / "run", [("sampling/live/k3_kl", [5, 10], 1e-3)]))
-    k3, _, reward, *_ = mismatch(run, gather(plain)).figure.axes
-    assert [line.get_color() for line in k3.lines] == [REPLAYED, LIVE]
+    live = gather(plain)
+    live.log["sampling/k3_kl"] = {1: 0.5}
+    assert judge_run(live).is_healthy is None
+    k3, _, reward, *_ = mismatch(run, live).figure.axes
+    assert [line.get_color() for line in k3.lines] == [REPLAYED, LIVE, LIVE]
     assert [(line.get_color(), line.get_linestyle()) for line in reward.lines] == [(REPLAYED, "-"), (LIVE, "--")]

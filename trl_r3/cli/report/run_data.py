@@ -68,8 +68,8 @@ class RunData:
 
     @property
     def replays(self) -> bool:
-        """Whether anything of replay was logged or traced."""
-        return bool(self.steps or self.log)
+        """Whether anything of replay was logged or traced: masks of sampling alone log a mismatch, too."""
+        return bool(self.steps) or any(name.startswith("routing_replay/") for name in self.log)
 
     @property
     def healthy(self) -> dict[str, HealthyRange]:
@@ -199,7 +199,7 @@ def _read_log(data: RunData) -> None:
             layer = LOGGED_LAYER.fullmatch(name)
             if layer and _is_number(value):
                 data.load.setdefault(int(layer[1]), {})[step] = float(value)
-    if not data.log:
+    if not data.replays:
         data.lacking.append(f"{path} has no metric of routing replay: that run was without `use_routing_replay`.")
 
 

@@ -127,6 +127,8 @@ def judge_run(data: RunData) -> RunVerdict:
     Returns:
         [`RunVerdict`].
     """
+    if not data.replays:
+        return RunVerdict([], None)
     layers, by_step = data.busiest()
     judged = []
     for name, healthy in data.healthy.items():

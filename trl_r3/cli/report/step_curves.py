@@ -14,14 +14,14 @@ from ...traces.heat_map import new_figure
 from .drawing import HEALTHY, LIVE, REPLAYED, Picture, finish, healthy, line
 from .run_data import K3, LIVE_K3, MISSING_ROWS, TAUS, TRAINING, RunData
 
-WAYS = {"replayed": (K3, REPLAYED), "live": (LIVE_K3, LIVE)}
+K3_OF = {"replayed": K3, "live": LIVE_K3}
 STYLES = ("-", "--")  # of the runs; colours are the ways of routing
 COLUMNS = 3
 
 
 def mismatch(*runs: RunData) -> Picture | None:
     """k3 and F(tau), and beside them what TRL logged of training: a panel for each that any of the runs has."""
-    has_k3 = any(run.curve(name) for run in runs for name, _ in WAYS.values())
+    has_k3 = any(run.curve(name) for run in runs for name in K3_OF.values())
     named = {name: label for name, label in TRAINING.items() if any(name in run.training for run in runs)}
     count = 2 * has_k3 + len(named)
     if not count:
@@ -36,8 +36,8 @@ def mismatch(*runs: RunData) -> Picture | None:
         _extreme(axes[1], runs)
     for panel, (name, label) in zip(axes[2 * has_k3 :], named.items(), strict=False):
         for letter, style, run in _styled(runs):
-            way = "replayed" if run.replays else "live"
-            line(panel, run.training.get(name, {}), f"{letter}{way}", WAYS[way][1], linestyle=style)
+            way, color = _ways(run)["replayed"]
+            line(panel, run.training.get(name, {}), f"{letter}{way}", color, linestyle=style)
         finish(panel, title=label)
     return Picture(
         "mismatch",
@@ -54,11 +54,17 @@ def _styled(runs: Sequence[RunData]) -> list[tuple[str, str, RunData]]:
     return list(zip(letters, STYLES, runs, strict=False))
 
 
+def _ways(run: RunData) -> dict[str, tuple[str, str]]:
+    """How its curves are called and drawn: what the log calls replayed is live where nothing was replayed."""
+    live = ("live", LIVE)
+    return {"replayed": ("replayed", REPLAYED), "live": live} if run.replays else {"replayed": live}
+
+
 def _k3(axes: Axes, runs: Sequence[RunData]) -> None:
     curves = [
-        (run.curve(name), f"{letter}{way}", color, style)
+        (run.curve(K3_OF[way]), f"{letter}{label}", color, style)
         for letter, style, run in _styled(runs)
-        for way, (name, color) in WAYS.items()
+        for way, (label, color) in _ways(run).items()
     ]
     lowest = min((value for curve, *_ in curves for value in curve.values() if value > 0), default=HEALTHY_K3)
     floor = min(lowest, HEALTHY_K3) / 2
@@ -72,10 +78,9 @@ def _k3(axes: Axes, runs: Sequence[RunData]) -> None:
 def _extreme(axes: Axes, runs: Sequence[RunData]) -> None:
     taus = dict(zip(TAUS, (":", "--", "-"), strict=True)) if len(runs) == 1 else {TAUS[-1]: None}
     for letter, of_run, run in _styled(runs):
-        for way, (_, color) in WAYS.items():
+        for way, (label, color) in _ways(run).items():
             for tau, style in taus.items():
-                label = f"{letter}{way}, tau {tau:g}"
-                line(axes, run.extreme(way, tau), label, color, linestyle=style or of_run)
+                line(axes, run.extreme(way, tau), f"{letter}{label}, tau {tau:g}", color, linestyle=style or of_run)
     healthy(axes, 0, EXTREME, "healthy, tau 2")
     axes.set_yscale("symlog", linthresh=EXTREME)
     finish(axes, 2, ylim=(0, None), title="F(tau): share of tokens with a ratio above tau")
