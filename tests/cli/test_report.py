@@ -122,11 +122,11 @@ def test_a_run_without_traces_names_them(tmp_path, capsys):
 
 
 def test_the_load_of_a_log_alone_is_drawn(tmp_path):
-    layers = {f"routing_replay/load/layer_{layer}/busiest": 1.0 + layer for layer in (0, 2, 3)}
+    layers = {f"routing_replay/load/layer_{layer}/max_over_mean": 1.0 + layer for layer in (0, 2, 3)}
     entries = [{"step": step, "routing_replay/missing_frac": 0.0, **layers} for step in (2, 4)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
     data = gather(tmp_path)
-    assert data.busiest() == ([0, 2, 3], {2: [1.0, 3.0, 4.0], 4: [1.0, 3.0, 4.0]})
+    assert data.max_over_mean() == ([0, 2, 3], {2: [1.0, 3.0, 4.0], 4: [1.0, 3.0, 4.0]})
     (picture,) = [each for each in pictures(data) if each.name == "load_over_steps"]
     (image,) = picture.figure.axes[0].images
     assert image.get_array().tolist() == [[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]

@@ -101,7 +101,7 @@ def test_a_right_rollout_passes(loaded, precision):
     for slot, layer in enumerate(report.layers):
         ids = torch.cat([torch.as_tensor(rows)[:, slot].flatten().long() for rows in rollout.routes])
         load = torch.tensor([int((ids == expert).sum()) for expert in range(experts)])
-        assert (layer.busiest, layer.dead) == (
+        assert (layer.max_over_mean, layer.dead_experts) == (
             pytest.approx(load.max() / load.double().mean()),
             int((load == 0).sum()),
         )

@@ -43,6 +43,6 @@ def test_a_gpu_counts_as_the_host_does():
 
 def test_what_follows_from_the_counts():
     load = ExpertLoad(torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [4, 4, 0, 0], [0, 0, 0, 0]]))
-    assert load.busiest.tolist()[:3] == [1.0, 4.0, 2.0] and math.isnan(load.busiest[3])
-    assert load.dead.tolist() == [0, 3, 2, 4]
+    assert load.max_over_mean.tolist()[:3] == [1.0, 4.0, 2.0] and math.isnan(load.max_over_mean[3])
+    assert load.dead_experts.tolist() == [0, 3, 2, 4]
     assert load.entropy.tolist()[:3] == pytest.approx([1.0, 0.0, 0.5])

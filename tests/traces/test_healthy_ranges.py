@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trl_r3.traces.healthy_ranges import BUSIEST, HealthyRange, healthy_ranges
+from trl_r3.traces.healthy_ranges import MAX_OVER_MEAN, HealthyRange, healthy_ranges
 
 CHANGED = "routing_replay/changed_router_frac"
 # measured on a Mixtral of (E, K), rollouts in bfloat16 and with weights in eight bits: `trl_r3.traces.healthy_ranges`
@@ -32,14 +32,14 @@ def test_one_bound_for_all_would_not():
 
 def test_a_load_that_is_everything_is_never_healthy():
     for top_k, experts in ((2, 8), (8, 128), (8, 256), (1, 4)):
-        assert experts / top_k not in healthy_ranges(top_k, experts)[BUSIEST]
-    assert (healthy_ranges(2, 8)[BUSIEST].high, healthy_ranges(8, 256)[BUSIEST].high) == (3.0, 4.0)
+        assert experts / top_k not in healthy_ranges(top_k, experts)[MAX_OVER_MEAN]
+    assert (healthy_ranges(2, 8)[MAX_OVER_MEAN].high, healthy_ranges(8, 256)[MAX_OVER_MEAN].high) == (3.0, 4.0)
 
 
 def test_every_expert_for_every_token():
     """Nothing can change, and the load is even."""
     healthy = healthy_ranges(4, 4)
-    assert 0.0 in healthy[CHANGED] and 1e-3 not in healthy[CHANGED] and 1.0 in healthy[BUSIEST]
+    assert 0.0 in healthy[CHANGED] and 1e-3 not in healthy[CHANGED] and 1.0 in healthy[MAX_OVER_MEAN]
 
 
 def test_in_words():

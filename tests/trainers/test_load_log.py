@@ -17,7 +17,7 @@ LAYERS, EXPERTS = [0, 2, 3], 16
 
 
 def loads(trainer):
-    return [entry for entry in trainer.state.log_history if "routing_replay/load/busiest" in entry]
+    return [entry for entry in trainer.state.log_history if "routing_replay/load/max_over_mean" in entry]
 
 
 def counted(update):
@@ -37,11 +37,11 @@ def test_a_run_logs_what_a_bincount_says(qwen3, train, gap):
         entropy = [-sum(p * np.log(p) for p in row if p) / np.log(EXPERTS) for row in share]
         for index, layer in enumerate(LAYERS):
             prefix = f"routing_replay/load/layer_{layer}"
-            assert entry[f"{prefix}/busiest"] == pytest.approx(busiest[index])
-            assert entry[f"{prefix}/dead"] == dead[index]
+            assert entry[f"{prefix}/max_over_mean"] == pytest.approx(busiest[index])
+            assert entry[f"{prefix}/dead_experts"] == dead[index]
             assert entry[f"{prefix}/entropy"] == pytest.approx(entropy[index])
-        assert entry["routing_replay/load/busiest"] == pytest.approx(busiest.max())
-        assert entry["routing_replay/load/dead"] == dead.max()
+        assert entry["routing_replay/load/max_over_mean"] == pytest.approx(busiest.max())
+        assert entry["routing_replay/load/dead_experts"] == dead.max()
         assert entry["routing_replay/load/entropy"] == pytest.approx(min(entropy))
 
 
@@ -60,7 +60,9 @@ def test_r2_logs_the_load_of_its_old_policy(qwen3, train):
     rows = old.executed[old.fed]
     busiest = [np.bincount(rows[:, layer].flatten().numpy(), minlength=EXPERTS) for layer in range(3)]
     entry = loads(trainer)[0]
-    assert entry["routing_replay/load/busiest"] == pytest.approx(max(each.max() / each.mean() for each in busiest))
+    assert entry["routing_replay/load/max_over_mean"] == pytest.approx(
+        max(each.max() / each.mean() for each in busiest)
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"routing_replay_load_every": 0, "num_iterations": 2}])
@@ -101,4 +103,4 @@ def test_processes_are_counted_together_where_they_meet():
     log.meet()
     log.meet()
     assert log._shared.tolist() == [[12, 6, 0, 0, 6, 0, 0, 0], [0, 0, 12, 12, 0, 0, 0, 0]]
-    assert log.collect()["routing_replay/load/layer_1/dead"] == 6 and log.collect() == {}
+    assert log.collect()["routing_replay/load/layer_1/dead_experts"] == 6 and log.collect() == {}

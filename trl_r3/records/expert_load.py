@@ -29,7 +29,7 @@ class ExpertLoad:
     ```python
     >>> with replay.record() as recorded, torch.no_grad():
     ...     model(input_ids)
-    >>> ExpertLoad.of(recorded.routed_experts, replay.num_experts).busiest
+    >>> ExpertLoad.of(recorded.routed_experts, replay.num_experts).max_over_mean
     ```
     """
 
@@ -56,12 +56,12 @@ class ExpertLoad:
         return cls(counts.view(layers, num_experts))
 
     @property
-    def busiest(self) -> Tensor:
+    def max_over_mean(self) -> Tensor:
         """(L,) load of the busiest expert over the mean of its layer: 1 where all are equal. NaN where none ran."""
         return self.counts_LE.amax(1) / self.counts_LE.double().mean(1)
 
     @property
-    def dead(self) -> Tensor:
+    def dead_experts(self) -> Tensor:
         """(L,) number of experts that no token went to."""
         return (self.counts_LE == 0).sum(1)
 

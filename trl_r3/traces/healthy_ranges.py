@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-BUSIEST = "routing_replay/load/busiest"
+MAX_OVER_MEAN = "routing_replay/load/max_over_mean"
 PAPER = (8, 128)  # K and E of Qwen3-30B-A3B, which the R3 paper trains (arXiv 2510.11370); where a run tells none
 CHANGED_THERE = 0.2  # the paper saw 0.1 of the routers change, with a rollout in bfloat16
 K3 = 1e-3  # two forwards of one training engine differ by 8.4e-4 in the paper
@@ -68,7 +68,7 @@ def healthy_ranges(top_k: int = PAPER[0], num_experts: int = PAPER[1]) -> dict[s
         ),
         "sampling/k3_kl": HealthyRange(0.0, K3, rounds),
         "sampling/extreme_token_frac": HealthyRange(0.0, EXTREME, rounds),
-        BUSIEST: HealthyRange(
+        MAX_OVER_MEAN: HealthyRange(
             1.0, load, "a router collapses: its auxiliary loss or balancing bias, then the learning rate"
         ),
     }

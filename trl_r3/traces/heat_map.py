@@ -44,7 +44,7 @@ def draw_changed_routers(
 
 
 def draw_busiest_experts(
-    axes: Axes, steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray, edge: float
+    axes: Axes, steps: Sequence[int], layers: Sequence[int], max_over_mean_LS: np.ndarray, edge: float
 ) -> None:
     """
     Draw the load of the busiest expert by layer over steps, likewise.
@@ -52,10 +52,10 @@ def draw_busiest_experts(
     Args:
         axes, steps, layers, edge:
             As in [`draw_changed_routers`].
-        busiest_LS (`numpy.ndarray` of shape `(L, S)`):
+        max_over_mean_LS (`numpy.ndarray` of shape `(L, S)`):
             Its load over the mean of its layer.
     """
-    _draw(axes, steps, layers, busiest_LS, 1.0, edge, "busiest expert, times the even share")
+    _draw(axes, steps, layers, max_over_mean_LS, 1.0, edge, "busiest expert, times the even share")
 
 
 def _draw(
@@ -84,10 +84,10 @@ def changed_routers(steps: Sequence[int], layers: Sequence[int], changed_LS: np.
     return figure
 
 
-def busiest_experts(steps: Sequence[int], layers: Sequence[int], busiest_LS: np.ndarray, edge: float) -> Figure:
+def busiest_experts(steps: Sequence[int], layers: Sequence[int], max_over_mean_LS: np.ndarray, edge: float) -> Figure:
     """The heat map alone; arguments as in [`draw_busiest_experts`]."""
     figure, axes = _figure_of(layers, "load of the busiest expert")
-    draw_busiest_experts(axes, steps, layers, busiest_LS, edge)
+    draw_busiest_experts(axes, steps, layers, max_over_mean_LS, edge)
     return figure
 
 

@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 
 from .._compat import warn
 from ..records.expert_load import ExpertLoad
-from .healthy_ranges import BUSIEST, HealthyRange, healthy_ranges
+from .healthy_ranges import MAX_OVER_MEAN, HealthyRange, healthy_ranges
 from .heat_map import busiest_experts, changed_routers
 from .trace_file import find_traces, load_trace
 
 TAG = "routing_replay/changed_routers_by_layer"
-TAG_OF_LOAD = "routing_replay/load/busiest_by_layer"
+TAG_OF_LOAD = "routing_replay/load/max_over_mean_by_layer"
 
 
 class TraceCounts(NamedTuple):
@@ -102,12 +102,14 @@ class RoutingReportCallback(TrainerCallback):
         pairs = [(by_step[at], sum(each.compared_rows for each in by_step[at])) for at in steps]
         changed_LS = np.stack([sum(each.changed for each in some) / rows for some, rows in pairs], axis=1)
         loads = [ExpertLoad(torch.from_numpy(sum(each.load for each in by_step[at]))) for at in steps]
-        busiest_LS = np.stack([load.busiest.numpy() for load in loads], axis=1)
+        max_over_mean_LS = np.stack([load.max_over_mean.numpy() for load in loads], axis=1)
         shown, healthy = [at + 1 for at in steps], read[-1].healthy
-        changed_edge, load_edge = (healthy[name].high for name in ("routing_replay/changed_router_frac", BUSIEST))
+        changed_edge, load_edge = (
+            healthy[name].high for name in ("routing_replay/changed_router_frac", MAX_OVER_MEAN)
+        )
         return {
             TAG: _pixels(changed_routers(shown, layers, changed_LS, changed_edge)),
-            TAG_OF_LOAD: _pixels(busiest_experts(shown, layers, busiest_LS, load_edge)),
+            TAG_OF_LOAD: _pixels(busiest_experts(shown, layers, max_over_mean_LS, load_edge)),
         }
 
 

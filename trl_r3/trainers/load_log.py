@@ -102,8 +102,12 @@ class LoadLog:
         if self._shared is None or self._layout is None:
             return {}
         load, self._shared = ExpertLoad(self._shared), None
-        by_name = {"busiest": load.busiest, "dead": load.dead, "entropy": load.entropy}
-        worst = {"busiest": load.busiest.max(), "dead": load.dead.max(), "entropy": load.entropy.min()}
+        by_name = {"max_over_mean": load.max_over_mean, "dead_experts": load.dead_experts, "entropy": load.entropy}
+        worst = {
+            "max_over_mean": load.max_over_mean.max(),
+            "dead_experts": load.dead_experts.max(),
+            "entropy": load.entropy.min(),
+        }
         logged = {f"{PREFIX}/{name}": value.item() for name, value in worst.items()}
         for index, layer in enumerate(self._layout.moe_layers):
             logged |= {f"{PREFIX}/layer_{layer}/{name}": each[index].item() for name, each in by_name.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...traces.healthy_ranges import BUSIEST
+from ...traces.healthy_ranges import MAX_OVER_MEAN
 from .run_data import EXTREME, K3, LIVE_K3, TRAINING, RunData
 from .run_verdict import means_of
 
@@ -13,7 +13,7 @@ COMPARED = (
     EXTREME,
     "routing_replay/changed_router_frac",
     "routing_replay/agreement",
-    BUSIEST,
+    MAX_OVER_MEAN,
 )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from ...traces.healthy_ranges import BUSIEST
+from ...traces.healthy_ranges import MAX_OVER_MEAN
 from ...traces.heat_map import busiest_experts, draw_changed_routers, new_figure
 from ...traces.trace_summary import Mismatch
 from .drawing import HEALTHY, LIVE, REPLAYED, Picture, finish, healthy, legend, line
@@ -87,7 +87,7 @@ def _load(data: RunData) -> Picture | None:
     last, rows = axes[2], np.arange(len(layers))
     for (way, each), color, style in zip(times.items(), (REPLAYED, LIVE), ("-", "--"), strict=True):
         last.plot(each.max(1), rows, style, color=color, marker=".", label=way)
-    last.axvspan(1, data.healthy[BUSIEST].high, color=HEALTHY, alpha=0.12, linewidth=0, label="healthy")
+    last.axvspan(1, data.healthy[MAX_OVER_MEAN].high, color=HEALTHY, alpha=0.12, linewidth=0, label="healthy")
     last.axvline(experts / data.facts.top_k, color="black", linestyle=":", label="every token")
     last.set(title="busiest expert of a layer", xlabel="times the even share", xlim=(0, None))
     last.grid(alpha=0.3)
@@ -105,7 +105,7 @@ def _load(data: RunData) -> Picture | None:
 
 
 def _load_over_steps(data: RunData) -> Picture | None:
-    layers, by_step = data.busiest()
+    layers, by_step = data.max_over_mean()
     if not by_step:
         return None
     steps = sorted(by_step)
@@ -114,7 +114,9 @@ def _load_over_steps(data: RunData) -> Picture | None:
         "Busiest expert over steps",
         "Look for a layer that grows brighter with the steps: one expert takes ever more of its tokens, which an "
         "auxiliary loss, or a bias that balances, is there to prevent.",
-        busiest_experts(steps, layers, np.array([by_step[step] for step in steps]).T, data.healthy[BUSIEST].high),
+        busiest_experts(
+            steps, layers, np.array([by_step[step] for step in steps]).T, data.healthy[MAX_OVER_MEAN].high
+        ),
     )
 
 

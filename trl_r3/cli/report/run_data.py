@@ -15,12 +15,12 @@ from typing import Any
 
 from ...records.expert_load import ExpertLoad
 from ...records.metrics import SHARES
-from ...traces.healthy_ranges import BUSIEST, HealthyRange, healthy_ranges
+from ...traces.healthy_ranges import MAX_OVER_MEAN, HealthyRange, healthy_ranges
 from ...traces.trace import Trace, TraceFacts
 from ...traces.trace_file import find_traces, load_trace
 from ...traces.trace_summary import StepSummary, summarise
 
-LOGGED_LAYER = re.compile(r"routing_replay/load/layer_(\d+)/busiest")
+LOGGED_LAYER = re.compile(r"routing_replay/load/layer_(\d+)/max_over_mean")
 TAUS = (1.1, 1.5, 2.0)
 MAX_NAMED = 3  # unreadable files
 K3, LIVE_K3, EXTREME = "sampling/k3_kl", "sampling/live/k3_kl", "sampling/extreme_token_frac"
@@ -78,17 +78,17 @@ class RunData:
 
     def curve(self, name: str) -> Curve:
         """A metric over steps: from the log, and where that lacks it, from the traces."""
-        if name == BUSIEST and (by_step := self.busiest()[1]):  # of the worst layer
+        if name == MAX_OVER_MEAN and (by_step := self.max_over_mean()[1]):  # of the worst layer
             return {step: max(by_step[step]) for step in sorted(by_step)}
         if name == EXTREME:
             return self.extreme("replayed", TAUS[-1])
         traced = {_logged_at(step): value for step in self.steps if (value := _of_step(step, name)) is not None}
         return dict(sorted({**traced, **self.log.get(name, {})}.items()))
 
-    def busiest(self) -> tuple[list[int], dict[int, list[float]]]:
+    def max_over_mean(self) -> tuple[list[int], dict[int, list[float]]]:
         """MoE layers, and by step the load of the busiest expert of each: from the log, and from the traces."""
         layers = self.facts.moe_layers if self.facts is not None else sorted(self.load)
-        traced = {_logged_at(step): ExpertLoad(step.load_recorded).busiest.tolist() for step in self.steps}
+        traced = {_logged_at(step): ExpertLoad(step.load_recorded).max_over_mean.tolist() for step in self.steps}
         curves = [self.load.get(layer, {}) for layer in layers]
         logged = set.intersection(*map(set, curves)) if curves else set()
         return layers, {**traced, **{at: [curve[at] for curve in curves] for at in logged}}
@@ -189,7 +189,7 @@ def _read_log(data: RunData) -> None:
         entries = [(int(entry["step"]), entry) for entry in history]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no log of a trainer ({error!r}). Pass the `output_dir` of a run.") from error
-    for curves, names in ((data.log, (*SHARES, BUSIEST)), (data.training, TRAINING)):
+    for curves, names in ((data.log, (*SHARES, MAX_OVER_MEAN)), (data.training, TRAINING)):
         for name in names:
             values = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
             if values:

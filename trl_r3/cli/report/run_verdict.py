@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from ...traces.healthy_ranges import BUSIEST, HealthyRange
+from ...traces.healthy_ranges import MAX_OVER_MEAN, HealthyRange
 from .run_data import K3, LIVE_K3, MISSING_ROWS, Curve, RunData
 
 WINDOW = 10  # logged steps of a mean: a single batch scatters by a factor of ten
@@ -129,11 +129,11 @@ def judge_run(data: RunData) -> RunVerdict:
     """
     if not data.replays:
         return RunVerdict([], None)
-    layers, by_step = data.busiest()
+    layers, by_step = data.max_over_mean()
     judged = []
     for name, healthy in data.healthy.items():
         curve, where = data.curve(name), ""
-        if name == BUSIEST and by_step:
+        if name == MAX_OVER_MEAN and by_step:
             last = by_step[max(by_step)]
             where = f" (layer {layers[last.index(max(last))]})"
         if curve:

@@ -164,8 +164,8 @@ def verify(loaded: LoadedModel, replay: RouterReplay, rollout: VerifiedRollout) 
             other.get(layer),
             None if statistics is None else float(statistics.agreement_L[slot]),
             None if statistics is None else float(statistics.contrast_L[slot]),
-            float(load.busiest[slot]),
-            int(load.dead[slot]),
+            float(load.max_over_mean[slot]),
+            int(load.dead_experts[slot]),
             float(load.entropy[slot]),
         )
         for slot, layer in enumerate(replay.moe_layers)

@@ -27,7 +27,7 @@ class Layer:
             Recorded rows that executed other ids; `None` where nothing shows which ids ran.
         agreement, contrast (`float`, *optional*):
             Of the alarm; NaN where there is nothing to tell apart.
-        busiest, entropy (`float`), dead (`int`):
+        max_over_mean, entropy (`float`), dead_experts (`int`):
             Of the load that the record puts on the experts, as in [`ExpertLoad`].
     """
 
@@ -35,8 +35,8 @@ class Layer:
     other_ids: int | None
     agreement: float | None
     contrast: float | None
-    busiest: float
-    dead: int
+    max_over_mean: float
+    dead_experts: int
     entropy: float
 
 
@@ -116,7 +116,7 @@ def print_report(report: Report) -> None:
     )
     for layer in report.layers:
         other = "not seen" if layer.other_ids is None else str(layer.other_ids)
-        load = (_text(layer.busiest), str(layer.dead), _text(layer.entropy))
+        load = (_text(layer.max_over_mean), str(layer.dead_experts), _text(layer.entropy))
         layers.add_row(str(layer.layer), other, _text(layer.agreement), _text(layer.contrast), *load)
     console.print(layers)
     for finding in report.findings:
