@@ -91,6 +91,14 @@ def fetches_weights(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks) or "forward" in vars(module)
 
 
+def forward_hooks(module: nn.Module) -> tuple[dict[int, Callable], dict[int, Callable]]:
+    """
+    Hooks before and after the forward of a module by their ids, as they are at any time. Goes when PyTorch has a
+    public way to ask for hooks.
+    """
+    return module._forward_pre_hooks, module._forward_hooks
+
+
 def drops_out(module: nn.Module) -> bool:
     """Whether a module is a dropout of any dimension. Goes when PyTorch has a public base class of these."""
     return isinstance(module, nn.modules.dropout._DropoutNd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engines.tiny_chat import tiny_qwen3_moe
+from oracles import give_forward
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from trl_r3 import RouterReplay
@@ -23,13 +24,13 @@ ENDS = list(range(30, 60))  # a quarter of the vocabulary, so that sequences end
 
 def rows_of_calls(model, layer=0):
     """How many rows the experts of a layer compute in each call."""
-    rows, module = [], experts_of(model)[layer]
+    rows = []
 
-    def forward(hidden, *args, own=module.forward, **kwargs):
+    def forward(own, hidden, *args, **kwargs):
         rows.append(hidden.flatten(0, -2).shape[0])
         return own(hidden, *args, **kwargs)
 
-    module.forward = forward
+    give_forward(experts_of(model)[layer], forward)
     return rows
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from oracles import as_sets
+from oracles import as_sets, padded
 from torch import Tensor
 
 from trl_r3.cli.experts import executed_ids
@@ -49,7 +49,7 @@ class WatchedPass:
     is_update: bool
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T)
-    executed: Tensor  # (B, T, L, K)
+    executed: Tensor  # (B, T, L, K), -1 where padding was skipped
     weights: dict[str, Tensor]
     logprobs: Tensor  # (B, C)
 
@@ -101,7 +101,7 @@ class Watched:
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
         with executed_ids(self.model) as seen:
             result = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
-        rows = [torch.cat(calls).unflatten(0, (len(input_ids), -1)) for _, calls in sorted(seen.items())]
+        rows = [padded(torch.cat(calls), attention_mask) for _, calls in sorted(seen.items())]
         self.passes.append(
             WatchedPass(
                 self.state.global_step,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from engines.tiny_chat import tiny_qwen3_moe
 from model_zoo import build_tiny
-from oracles import CHECKPOINTING, as_sets, foreign_record, gradients, use_checkpointing
+from oracles import CHECKPOINTING, as_sets, foreign_record, give_forward, gradients, use_checkpointing
 from supported_models import listed_types
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -108,11 +108,11 @@ def test_where_there_is_nothing_to_skip_every_bit_is_that_of_the_padded_batch(kw
     model = tiny_qwen3_moe()
     rows = rows_of_experts(model)
     packed, found, *_ = trained("auto", model=model, **kwargs)
-    assert {48} <= rows <= {16, 33, 23, 48}  # those of attaching
+    assert {48} <= rows <= {16, 39, 23, 48}  # those of attaching
     torch.testing.assert_close(packed.loss, padded.loss, rtol=0, atol=0, equal_nan=True)  # of no token at all
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     said = [record.getMessage() for record in caplog.records]
-    holes = "padding is kept in a forward that replays: its attention mask has holes"
+    holes = "padding is kept in a forward: its attention mask has holes"
     assert said == ([holes] if kwargs["mask"] is not None and kwargs["mask"].sum() == MASK.sum() - 1 else [])
 
 
@@ -226,13 +226,13 @@ def test_positions_of_ones_own():
 def rows_of_experts(model):
     """How many rows the experts compute in each call, inside of whatever is put around them later."""
     rows = set()
+
+    def forward(own, hidden, *args, **kwargs):
+        rows.add(hidden.flatten(0, -2).shape[0])
+        return own(hidden, *args, **kwargs)
+
     for module in experts_of(model).values():
-
-        def forward(hidden, *args, own=module.forward, **kwargs):
-            rows.add(hidden.flatten(0, -2).shape[0])
-            return own(hidden, *args, **kwargs)
-
-        module.forward = forward
+        give_forward(module, forward)
     return rows
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from engines.tiny_chat import tiny_qwen3_moe
+from oracles import give_forward
 from peft import LoraConfig, get_peft_model
 
 from trl_r3 import RouterReplay
@@ -13,7 +14,7 @@ from trl_r3.routers.compaction import CompactExperts
 from trl_r3.routers.packing import PackedAttention
 from trl_r3.routers.padding_trial import PaddingTrial
 
-ROWS = 33  # of the trial, with padding
+ROWS = 39  # of the trial, with padding
 
 
 class TwiceInBackward(torch.autograd.Function):
@@ -32,7 +33,7 @@ def wrong_in_attention(model, monkeypatch):
     own = PackedAttention._attend
 
     def attend(self, attention, module, query, key, value, *args, **kwargs):
-        value = value if query.shape[2] == 11 else TwiceInBackward.apply(value)
+        value = value if query.shape[2] == 13 else TwiceInBackward.apply(value)
         return own(self, attention, module, query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(PackedAttention, "_attend", attend)
@@ -51,20 +52,19 @@ def wrong_in_compaction(model, monkeypatch):
 def wrong_in_weights(model, monkeypatch):
     """Experts whose weights get another gradient with fewer rows, and whose inputs do not."""
     first = experts_of(model)[0]
-    own, weight = first.forward, first.down_proj
+    weight = first.down_proj
 
-    def forward(hidden, *args, **kwargs):
+    def forward(own, hidden, *args, **kwargs):
         if hidden.shape[0] == ROWS:
             return own(hidden, *args, **kwargs)
-        with torch.nn.utils.parametrize.cached():
-            del first.down_proj
-            first.down_proj = TwiceInBackward.apply(weight)
-            output = own(hidden, *args, **kwargs)
-            del first.down_proj
-            first.down_proj = weight
+        del first.down_proj
+        first.down_proj = TwiceInBackward.apply(weight)
+        output = own(hidden, *args, **kwargs)
+        del first.down_proj
+        first.down_proj = weight
         return output
 
-    first.forward = forward
+    give_forward(first, forward)
 
 
 WRONG = {

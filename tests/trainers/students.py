@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
-from oracles import changed_rows, stacked
+from oracles import changed_rows, padded, stacked
 from torch import Tensor
 from trainers.watching import PROMPTS, distinct_characters, make_tokenizer, scrambled_routers
 
@@ -54,7 +54,8 @@ class Forward:
 
     def samples(self, calls: dict[int, list[Tensor]]) -> list[tuple[list[int], Tensor]]:
         """Tokens of each sequence without padding, and the rows (T - 1, L, K) that they executed."""
-        return self.split(stacked(calls, len(self.input_ids)))
+        mask = self.attention_mask if self.position_ids is None else torch.ones_like(self.input_ids)
+        return self.split(torch.stack([padded(calls[layer][0], mask) for layer in sorted(calls)], 2).long())
 
     def split(self, rows_BTLK: Tensor) -> list[tuple[list[int], Tensor]]:
         """Tokens of each sequence without padding, and its rows but for the last token."""

@@ -16,7 +16,7 @@ FIELDS = {
     "routing_replay_compare_every": 0,
     "routing_replay_load_every": 0,
     "routing_replay_gating": "auto",
-    "routing_replay_padding": "keep",
+    "routing_replay_padding": "auto",
     "routing_replay_alarm": "error",
     "routing_replay_trace_dir": None,
     "routing_replay_trace_every": 1,
@@ -38,11 +38,11 @@ def test_fields_are_read_from_the_command_line(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --bf16 False --use_routing_replay true --routing_replay_mode R2"
     line += " --num_iterations 2 --routing_replay_max_missing 0.25 --routing_replay_compare_every 3"
     line += " --routing_replay_load_every 4"
-    line += " --routing_replay_gating intercept --routing_replay_padding auto --routing_replay_alarm warn"
+    line += " --routing_replay_gating intercept --routing_replay_padding keep --routing_replay_alarm warn"
     line += " --use_sampling_mask_replay true"
     line += f" --routing_replay_spill_dir {tmp_path} --routing_replay_trace_dir {tmp_path}"
     (config,) = HfArgumentParser(R3GRPOConfig).parse_args_into_dataclasses(line.split())
-    expected = [True, "R2", 0.25, 3, 4, "intercept", "auto", "warn", str(tmp_path), 1, True, str(tmp_path)]
+    expected = [True, "R2", 0.25, 3, 4, "intercept", "keep", "warn", str(tmp_path), 1, True, str(tmp_path)]
     assert [getattr(config, name) for name in FIELDS] == expected
 
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from oracles import padded
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -50,11 +51,9 @@ class Pass:
 
     @property
     def executed(self):
-        """(B, T, L, K)."""
-        rows = self.input_ids.shape[0]
-        return torch.stack(
-            [torch.cat(self.calls[layer]).unflatten(0, (rows, -1)) for layer in sorted(self.calls)], dim=2
-        )
+        """(B, T, L, K), -1 where padding was skipped."""
+        mask = self.attention_mask if self.attention_mask is not None else torch.ones_like(self.input_ids)
+        return torch.stack([padded(torch.cat(self.calls[layer]), mask) for layer in sorted(self.calls)], dim=2)
 
     @property
     def fed(self):

@@ -48,6 +48,10 @@ class PackedBatch:
             return None
         return cls(rows, [length for length in real_BT.sum(1).tolist() if length])
 
+    def take(self, values_N: Tensor) -> Tensor:
+        """(N, ...) of the rows of the padded batch."""
+        return self.rows.real(values_N)
+
     def place(self, rows_M: Tensor | None) -> Tensor | None:
         """Where rows of the padded batch are among the real ones, on the host as they are."""
         if rows_M is None:

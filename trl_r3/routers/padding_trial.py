@@ -20,7 +20,8 @@ from .self_check import evaluating
 if TYPE_CHECKING:
     from .router_replay import RouterReplay
 
-_MASK = ((0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0), (1,) * 11, (0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0))  # of unequal lengths
+_LENGTHS = ((3, 4, 6), (0, 11, 2), (1, 8, 4))  # padding, real tokens, padding: no column in front is one of padding
+_MASK = tuple((0,) * before + (1,) * real + (0,) * after for before, real, after in _LENGTHS)
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest; coarser types round at 2^-8
 _COARSE = 5e-2
 
@@ -104,8 +105,11 @@ class PaddingTrial:
         return values
 
     def _of_real_tokens(self, rows: Tensor) -> Tensor:
-        real = self._mask_BT.bool().flatten()
-        return rows[real.to(rows.device)] if len(rows) == len(real) else rows
+        real_BT = self._mask_BT.bool()
+        if len(rows) == int(real_BT.sum()):
+            return rows
+        width = len(rows) // len(real_BT)  # columns are cut off behind
+        return rows[real_BT[:, :width].flatten().to(rows.device)]
 
     @contextmanager
     def _leaves(self) -> Iterator[dict[str, list[Tensor]]]:

@@ -26,6 +26,7 @@ from .packing import PackedBatch
 from .padding import Padding, check_padding
 from .passes import LivePass, RecordedRoutes, RecordingPass, ReplayingPass, TrainingGuard, WhichAreReal
 from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch
+from .trimming import TrimmedBatch
 
 GATINGS = ("auto", "intercept", "op")
 
@@ -88,7 +89,7 @@ class RouterReplay:
         self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self.routers)] + [
             Patch(self.stack, torch.compiler.disable(self._forward_stack))
         ]
-        self.padding = Padding(self.stack, self._active) if padding == "auto" else None
+        self.padding = Padding(self._modules, self._active) if padding == "auto" else None
         if self.padding is not None:
             self.padding.try_skipping(unwrapped, self)
             self._recomputes = False  # those of a trial are over
@@ -274,10 +275,11 @@ class RouterReplay:
         take = source.take if counted is None else partial(take_record, source, counted)
         record_NLK = take(batch_size, num_tokens, tokens).flatten(0, 1)
         skips = None if self.padding is None else self.padding.rows(source, main, args, kwargs)
-        packed = skips if isinstance(skips, PackedBatch) else None
-        observed_M = source.observed
-        if packed is not None:
-            record_NLK, observed_M = packed.rows.real(record_NLK), packed.place(observed_M)
+        mask, observed_M = kwargs.get("attention_mask"), source.observed
+        attended_N = attended_tokens(mask, batch_size, num_tokens)
+        if isinstance(skips, (PackedBatch, TrimmedBatch)):
+            record_NLK, observed_M = skips.take(record_NLK), skips.place(observed_M)
+            attended_N = None if isinstance(skips, PackedBatch) or attended_N is None else skips.take(attended_N)
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
@@ -291,7 +293,5 @@ class RouterReplay:
         if self._guard is not None and torch.is_grad_enabled():
             self._guard.replayed += 1
         assert self._stats is not None  # replay_from() is around us
-        mask = None if packed is not None else kwargs.get("attention_mask")  # of packed tokens all are real
-        attended_N = attended_tokens(mask, batch_size, num_tokens)
         self._stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)
         return output

@@ -84,8 +84,8 @@ def gating_mode(replay: RouterReplay) -> str:
 
 
 def padding_mode(replay: RouterReplay) -> str:
-    """What skips padding in a forward of a model that replays."""
-    return "none" if replay.padding is None else replay.padding.mode
+    """What skipped padding in the last forward of a model that replayed, or will in the first."""
+    return "none" if replay.padding is None else replay.padding.used
 
 
 def refuse_another_model(facts: TraceFacts, here: dict[str, Any]) -> None:

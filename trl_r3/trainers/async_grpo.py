@@ -35,11 +35,16 @@ class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
             What becomes of requests that were answered across an update of the server's weights. Their routes
             and log-probabilities are in part of the weights before, in part of those behind it: `"replay"` replays
             them, `"live"` lets their rows route live, which counts as missing but is no error.
+        routing_replay_padding (`str`, *optional*, defaults to `"keep"`):
+            Packed rows have no padding, so there is nothing else.
         routing_replay_shared_rows (`str`, *optional*, defaults to `"first"`):
             What becomes of a token that samples of a packed row share, but with different experts: `"first"` forwards
             it once, with the record of the first of them, `"exact"` once for each record.
     """
 
+    routing_replay_padding: str = field(
+        default="keep", metadata={"help": "'keep': packed rows have no padding.", "choices": ["keep"]}
+    )
     routing_replay_in_flight: str = field(
         default="replay",
         metadata={

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,8 +13,6 @@ from ..routers.passes import TrainingGuard
 from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
 from .log import ReplayLog, make_together
-
-_logger = logging.getLogger(__name__)
 
 
 class ReplayingTrainer(SamplingTrainer, Protocol):
@@ -80,8 +77,7 @@ class Attachment:
         self._attach()
         padding = self.replay.padding
         if padding is not None and self.trainer.accelerator.is_main_process:
-            level = logging.INFO if padding.why is None else logging.WARNING
-            _logger.log(level, "in routing replay, padding is %s", str(padding))
+            padding.say()
         self.alarm = Alarm(self.replay.layout, self.trainer.args.routing_replay_alarm, judges)
 
     def detach(self) -> None:

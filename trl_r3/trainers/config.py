@@ -49,10 +49,11 @@ class RoutingReplayConfigMixin:
             How a recorded selection takes effect: `"intercept"` leaves everything but the selection to the model's own
             code, bit for bit; `"op"` computes the gate with [`masked_topk_gating`], equal up to rounding; `"auto"`
             takes the op where its compiled kernels are installed and cover the gate.
-        routing_replay_padding (`str`, *optional*, defaults to `"keep"`):
-            What replay makes of padding: `"keep"` lets it go through every layer, as TRL does; `"auto"` gives layers,
-            or at least their experts, real tokens only, if a forward of the model was found equal to a padded one.
-            Losses and gradients are equal up to rounding.
+        routing_replay_padding (`str`, *optional*, defaults to `"auto"`):
+            What replay makes of padding: `"auto"` gives layers, or at least their experts, real tokens only, if a
+            forward and a backward of the model were found equal to padded ones. Losses and gradients are equal up to
+            rounding. While a forward hook watches a decoder layer its passes stay padded. `"keep"` lets padding go
+            through every layer, as TRL does, bit for bit.
         routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
             What a record that does not fit its tokens gets, before the optimizer moves: `"error"`, `"warn"` or
             `"off"`. Records of vLLM and of a `rollout_func` are judged; those that this package makes itself are only
@@ -119,11 +120,12 @@ class RoutingReplayConfigMixin:
         },
     )
     routing_replay_padding: str = field(
-        default="keep",
+        default="auto",
         metadata={
-            "help": "What replay makes of padding: 'keep' lets it go through every layer, as TRL does; 'auto' gives "
-            "layers, or at least their experts, real tokens only, if a forward of the model was found equal to a "
-            "padded one. Losses and gradients are equal up to rounding.",
+            "help": "What replay makes of padding: 'auto' gives layers, or at least their experts, real tokens only, "
+            "if a forward and a backward of the model were found equal to padded ones. Losses and gradients are equal "
+            "up to rounding. While a forward hook watches a decoder layer its passes stay padded. 'keep' lets padding "
+            "go through every layer, as TRL does, bit for bit.",
             "choices": list(PADDINGS),
         },
     )

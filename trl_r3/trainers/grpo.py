@@ -28,8 +28,8 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
             Every so many steps, log how the experts are loaded and how records age.
         routing_replay_gating (`str`, *optional*, defaults to `"auto"`):
             `"intercept"`, `"op"`, or the op where its compiled kernels are installed and cover the gate.
-        routing_replay_padding (`str`, *optional*, defaults to `"keep"`):
-            `"keep"`, or `"auto"`: layers see real tokens only, where the model allows.
+        routing_replay_padding (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: layers see real tokens only, where the model allows and nobody watches. `"keep"`: as TRL does.
         routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
             What a record that does not fit its tokens gets: `"error"`, `"warn"` or `"off"`.
         routing_replay_trace_dir (`str`, *optional*):

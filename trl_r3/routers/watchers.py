@@ -1,0 +1,98 @@
+"""Who else looks at what goes through decoder layers: whoever counts the rows there expects those of the batch.
+
+A hook anywhere in a decoder layer is a watcher, and a forward of its own that experts or a router were given, unless
+a library put it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .._compat import forward_hooks
+from .discovery import is_experts
+from .patches import CurrentModules, Patch
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "trl", "kernels", "liger_kernel", "trl_r3")
+
+
+class Watchers:
+    """
+    Watchers of the decoder layers of a model, looked for once a pass.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+        current ([`CurrentModules`]):
+            Of the module above its decoder layers.
+        routers (sequence of `torch.nn.Module`):
+            Its routers.
+    """
+
+    def __init__(self, model: nn.Module, current: CurrentModules, routers: Sequence[nn.Module]):
+        self._current, self._routers = current, set(routers)
+        self._prefix = next(
+            f"{name}." if name else "" for name, module in model.named_modules() if module is current.stack
+        )
+        self._walked: list[nn.Module] | None = None
+        self._hooks: list[dict[int, Callable]] = []
+        self._names: list[str] = []
+        self._holders: list[tuple[str, nn.Module]] = []  # of a forward that may be another one's
+        self._of_libraries: set[int] = set()  # ids of hooks, which PyTorch never gives twice
+
+    def find(self) -> str | None:
+        """The first one and what it watches; `None` where there is nobody."""
+        self._walk()
+        for name, hooks in zip(self._names, self._hooks, strict=True) if any(self._hooks) else ():
+            if hooks and not hooks.keys() <= self._of_libraries:
+                for hook in hooks.values():
+                    if (who := _stranger(hook)) is not None:
+                        return f"a forward hook of {who} watches {name}"
+                self._of_libraries.update(hooks)
+        for name, module in self._holders:
+            forward = vars(module).get("forward")
+            if forward is not None and (who := _stranger_in_place(forward, module)) is not None:
+                return f"a forward of {who} is in place of that of {name}"
+        return None
+
+    def _walk(self) -> None:
+        modules = self._current.get()
+        if modules is self._walked:
+            return
+        self._walked, self._names, self._hooks, self._holders = modules, [], [], []
+        for name, module in self._in_layers():
+            for hooks in forward_hooks(module):
+                self._names.append(name)
+                self._hooks.append(hooks)
+            if module in self._routers or is_experts(name):
+                self._holders.append((name, module))
+
+    def _in_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, part in self._current.stack.named_children():
+            for index, layer in part.named_children():
+                path = f"{self._prefix}{name}.{index}"
+                yield from ((f"{path}.{below}".rstrip("."), module) for below, module in layer.named_modules())
+
+
+def _stranger_in_place(forward: Any, module: nn.Module) -> str | None:
+    while isinstance(forward, Patch):
+        forward = forward.own
+    return None if forward is None else _stranger(forward, type(module).forward)
+
+
+def _stranger(function: Any, own: Callable | None = None) -> str | None:
+    """Where a function was written, in this order: itself, what it wraps; `None` if all of it is of libraries."""
+    while function is not None:
+        while isinstance(function, partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        if function is own:
+            return None
+        where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if where.partition(".")[0] not in _LIBRARIES:
+            return f"{where}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+        function = getattr(function, "__wrapped__", None)
+    return None
