@@ -57,8 +57,8 @@ class Pass:
 
     @property
     def fed(self):
-        """(B, T): positions that the rollout has a record of."""
-        return self.recorded[:, :, 0, 0] != -1
+        """(B, T): positions that the rollout has a record of, and that are real."""
+        return (self.recorded[:, :, 0, 0] != -1) & self.attention_mask.bool()
 
 
 @dataclass
