@@ -604,6 +604,14 @@ SEAMS = [
         "torch.nn.Module._forward_pre_hooks holds the hooks that fetch weights",
         lambda: torch.nn.Linear(1, 1)._forward_pre_hooks == {},
     ),
+    Seam(
+        "_compat.py",
+        "torch.nn.Module._forward_hooks and _forward_pre_hooks hold hooks by the ids of their handles",
+        lambda: (
+            [*(module := torch.nn.Linear(1, 1))._forward_hooks] == []
+            and (_handle := module.register_forward_hook(print)).id in module._forward_hooks
+        ),
+    ),
     Seam("_compat.py", "torch._dynamo.OptimizedModule", lambda: isinstance(torch._dynamo.OptimizedModule, type)),
     Seam("records/samples.py", "torch.Tensor._version", lambda: torch.zeros(1).add_(1)._version == 1),
     Seam(

@@ -134,3 +134,22 @@ def test_the_log_says_once_what_is_done_and_why_not_more(qwen3, build, caplog, m
         build(model, routing_replay_padding="auto", **RUN).train()
     said = [(record.levelno, record.getMessage()) for record in caplog.records if record.name.startswith("trl_r3")]
     assert said == [(level, f"in routing replay, padding is {text}")]
+
+
+def test_whoever_watches_experts_sees_the_rows_of_the_batch(qwen3, build, gap):
+    """By default. The update through other experts than live ones is that of the padded run, bit for bit."""
+    found = {}
+    for padding in ("keep", "auto"):
+        changes = {"while_generating": gap["scrambled"], "max_steps": 2}
+        trainer = build(qwen3(), **RUN | changes, **({"routing_replay_padding": padding} if padding == "keep" else {}))
+        rows = []
+        experts = trainer.model.model.layers[-1].mlp.experts
+        experts.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(len(args[0])))
+        torch.manual_seed(0)
+        trainer.train()
+        found[padding] = trainer.losses, rows, trainer.model.state_dict()
+    assert trainer.args.routing_replay_padding == "auto"
+    whole = found["keep"][1][2:]  # without what attaching tries
+    assert found["auto"][1][-len(whole) :] == whole
+    assert found["auto"][0] == found["keep"][0]
+    torch.testing.assert_close(found["auto"][2], found["keep"][2], rtol=0, atol=0)

@@ -93,6 +93,7 @@ def _stranger(function: Any, own: Callable | None = None) -> str | None:
             return None
         where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
         if where.partition(".")[0] not in _LIBRARIES:
-            return f"{where}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+            code = getattr(function, "__code__", None)  # which `functools.wraps` leaves alone
+            return f"{where}.{type(function).__qualname__ if code is None else code.co_name}"
         function = getattr(function, "__wrapped__", None)
     return None
