@@ -127,6 +127,14 @@ def test_ways_of_generating(kwargs):
     assert sum(rows) <= sum(all_rows)
 
 
+def test_whoever_watches_sees_all_rows_computed():
+    padded, all_rows = rollout("keep")
+    model = tiny_qwen3_moe()
+    experts_of(model)[0].register_forward_hook(lambda module, args, output: None)
+    watched, rows = rollout("auto", model)
+    assert rows == all_rows and torch.equal(watched.sequences, padded.sequences)
+
+
 def test_a_model_that_keeps_padding_in_its_experts(monkeypatch):
     model = tiny_qwen3_moe()
     with RouterReplay(model, padding="auto") as replay:

@@ -70,7 +70,7 @@ OF_R2 = {**OLD_POLICY, "routing_replay_mode": "R2"}
         (OLD_POLICY, {}, "all"),
         (MICRO_BATCHES, {}, "all"),
         ({**OLD_POLICY, "mask_truncated_completions": True}, {}, "all"),
-        (OLD_POLICY, EAGER, "experts"),
+        (OLD_POLICY, EAGER, "experts, columns"),
         (OF_R2, {}, "none"),
     ],
 )

@@ -114,7 +114,7 @@ class ForwardWatch:
     @property
     def updates(self) -> list[Forward]:
         """The forwards of the student that are trained on."""
-        return [one for one in self.forwards if one.builds_graph]
+        return [one for one in self.after_rollout if one.builds_graph]
 
     @property
     def scored(self) -> list[Forward]:

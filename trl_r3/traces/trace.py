@@ -48,7 +48,8 @@ class TraceFacts:
         gating (`str`):
             `"intercept"`, `"op"`, or `"auto"` for some of each.
         padding (`str`):
-            What skipped it: `"all"` layers, their `"experts"`, or `"none"`.
+            What skipped it: `"all"` layers, their `"experts"`, or `"none"`; with `"columns"` where columns behind all
+            sequences were cut off, too.
         dtype, buffers, autocast, attention, experts, device, processor, matmul_precision (`str`), threads (`int`):
             What the bits of a forward depend on; the first two are dtypes of parameters and of buffers.
         versions (dict of `str` to `str`):
