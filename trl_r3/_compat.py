@@ -235,6 +235,16 @@ def attention_of(stack: nn.Module) -> str | None:
     return getattr(getattr(stack, "config", None), "_attn_implementation", None)
 
 
+def rope_by_length(stack: nn.Module) -> str | None:
+    """
+    The kind of rotary embedding, if it depends on the last position of a batch. Goes when Transformers has a public
+    way to ask.
+    """
+    parameters = getattr(getattr(stack, "config", None), "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") for each in (parameters, *parameters.values()) if isinstance(each, dict)]
+    return next((kind for kind in kinds if kind is not None and ("dynamic" in kind or kind == "longrope")), None)
+
+
 def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:
     """
     The micro-batches that the updates on the last rollout of a trainer of TRL take in turn.

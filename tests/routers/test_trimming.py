@@ -111,3 +111,17 @@ def test_a_wrong_cut_is_found_when_a_handle_attaches(wrong, monkeypatch):
     with RouterReplay(model, padding="auto") as replay:
         text = "(columns behind all sequences are kept: packed and padded logits differ (by"
         assert text in str(replay.padding) and replay.padding.used == "experts"
+
+
+def test_positions_that_follow_the_length_of_a_batch():
+    """Those of a batch that ends with its last real token would be others, in longer batches than that of a trial."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    found = {}
+    for length in (8, 12):
+        model = tiny_qwen3_moe(rope_parameters=rope, max_position_embeddings=9)
+        with torch.no_grad():
+            found[length] = model(IDS[:, :length], attention_mask=MASK[:, :length]).logits[MASK[:, :length].bool()]
+    assert not torch.allclose(found[8], found[12], atol=1e-3)
+    with RouterReplay(model, padding="auto") as replay:
+        assert str(replay.padding).startswith("skipped by experts only: its positions are scaled by the length")
+        assert "sequences are kept: its positions" in str(replay.padding) and replay.padding.used == "experts"

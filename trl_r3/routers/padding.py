@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import rope_by_length
 from ..records.sources import RecordSource
 from .compaction import CompactExperts, RealRows
 from .packing import PackedAttention, PackedBatch, has_holes
@@ -97,9 +98,11 @@ class Padding:
             raise
 
     def _try_all(self, trial: PaddingTrial, num_layers: int) -> None:
-        by_all, by_experts = self._try_packing(trial), self._try_experts(trial, num_layers)
-        if by_all is not None:
-            self._try_trimming(trial)
+        rope = rope_by_length(self.stack)
+        by_length = f"its positions are scaled by the length of a batch ({rope!r})" if rope else None
+        by_all, by_experts = by_length or self._try_packing(trial), self._try_experts(trial, num_layers)
+        self._why_not_trimmed = by_length or (by_all and self._try_trimming(trial))
+        self._trims = by_all is not None and self._why_not_trimmed is None
         self._packs = by_all is None
         self.mode = "all" if self._packs else "experts" if by_experts is None else "none"
         both = f"{by_all}; and without it in its experts, {by_experts}"
@@ -212,8 +215,7 @@ class Padding:
             self._experts = None
         return why
 
-    def _try_trimming(self, trial: PaddingTrial) -> None:
-        """Cut columns off that are padding for all sequences, beside what the experts skip, if that is the same."""
+    def _try_trimming(self, trial: PaddingTrial) -> str | None:
+        """What speaks against cutting off columns that are padding for all sequences, beside what experts skip."""
         self._trims = True
-        self._why_not_trimmed = trial.differs() or self._why_padded
-        self._trims = self._why_not_trimmed is None
+        return trial.differs() or self._why_padded
