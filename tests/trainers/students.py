@@ -93,7 +93,8 @@ class ForwardWatch:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         mask = torch.ones_like(ids) if mask is None else mask
         generates = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        self._open = Forward(ids.clone(), mask.clone(), generates, torch.is_grad_enabled(), weights)
+        builds = torch.is_grad_enabled() and module.training  # attaching tries the model in evaluation mode
+        self._open = Forward(ids.clone(), mask.clone(), generates, builds, weights)
         if not generates and kwargs.get("position_ids") is not None:
             self._open.position_ids = kwargs["position_ids"].clone()
         self.forwards.append(self._open)
@@ -114,7 +115,7 @@ class ForwardWatch:
     @property
     def updates(self) -> list[Forward]:
         """The forwards of the student that are trained on."""
-        return [one for one in self.after_rollout if one.builds_graph]
+        return [one for one in self.forwards if one.builds_graph]
 
     @property
     def scored(self) -> list[Forward]:
