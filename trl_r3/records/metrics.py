@@ -29,6 +29,7 @@ SHARES = (
     "routing_replay/changed_token_frac",
     "routing_replay/agreement",
     "routing_replay/contrast",
+    "routing_replay/shift_weight",
     "sampling/k3_kl",
     "sampling/extreme_token_frac",
     "sampling/live/k3_kl",
@@ -208,6 +209,7 @@ class ReplayStats:
     changed_by_layer: Tensor | int = 0  # (L,) such pairs of each layer
     changed_tokens: Tensor | int = 0  # tokens with at least one such layer
     changed: Tensor | None = None  # (N, L) of the last forward: whether they differ
+    log_scores: list[Tensor] | None = None  # (B_i, T, L, K) of recorded experts by forward, where a list asks for them
 
     def add(self, changed_NL: Tensor, recorded_N: Tensor, attended_N: Tensor | None) -> None:
         """Count one forward."""

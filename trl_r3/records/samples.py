@@ -77,6 +77,8 @@ class Sample:
             Log-probabilities that its completion was sampled with, where this package knows them.
         step (`int`, *optional*, defaults to `0`):
             Optimizer steps that had been taken when it was sampled.
+        log_scores (`torch.Tensor` of shape `(C, L, K)`, *optional*):
+            What the old policy's routers gave the recorded experts, at the rows that predict its completion.
     """
 
     identity: int
@@ -87,6 +89,7 @@ class Sample:
     mask: SamplingMask | None = None
     logprobs: Tensor | None = None
     step: int = 0
+    log_scores: Tensor | None = None
 
     @property
     def completion_length(self) -> int:

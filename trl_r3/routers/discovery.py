@@ -130,7 +130,8 @@ def _gated(
         return router
     gated = with_gating_op(router, forward, args, kwargs, likely)
     if gated is None and gating == "op":
-        raise refusal(router, "`masked_topk_gating` does not cover its gate. Set `gating='auto'`")
+        remedy = "Set `gating='auto'`, and no `routing_replay_shift_weight`, which needs the op"
+        raise refusal(router, f"`masked_topk_gating` does not cover its gate. {remedy}")
     return gated or router
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._compat import drops_out
 from ..gating import GatingOutput, masked_topk_gating
+from ..gating.reference import expert_scores
 from .router import Routed, Router
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -106,6 +107,21 @@ class GatedRouter(Router):
         """As in [`Router`]; the op has only told whether they differ."""
         logits_NE = routed.output[0]
         return self.formula(self.module, logits_NE.detach()[rows_M], self.top_k, None).expert_ids
+
+    def log_scores(self, routed: Routed, ids_NK: Tensor) -> Tensor:
+        """(N, K) logarithms of the scores that a replaying forward gave some experts, before bias and groups."""
+        log_scores_NE = _log_scores(routed.output[0].detach(), self.formula.score)
+        return log_scores_NE.gather(1, ids_NK.long().clamp(0, self.num_experts - 1))  # a missing row has no ids
+
+
+def _log_scores(logits_NE: Tensor, score: str) -> Tensor:
+    """(N, E) logarithms of router scores, in float32. Where the gate is a softmax over K logits: of one over all."""
+    logits_NE = logits_NE.float()
+    if score in ("softmax", "topk_softmax"):
+        return F.log_softmax(logits_NE, dim=-1)
+    if score == "sigmoid":
+        return F.logsigmoid(logits_NE)
+    return expert_scores(logits_NE, score).log()
 
 
 def with_gating_op(

@@ -52,6 +52,10 @@ class PackedBatch:
         """(N, ...) of the rows of the padded batch."""
         return self.rows.real(values_N)
 
+    def padded(self, values_N: Tensor) -> Tensor:
+        """(B * T, ...) of `(N, ...)`: zeros where padding is."""
+        return self.rows.padded(values_N)
+
     def place(self, rows_M: Tensor | None) -> Tensor | None:
         """Where rows of the padded batch are among the real ones, on the host as they are."""
         if rows_M is None:

@@ -19,6 +19,7 @@ from ..gating import RowStatus
 from ..records.metrics import changed_layers
 from ..records.record import RoutingLayout, missing_rows, unpack
 from .compaction import RealRows
+from .gated import GatedRouter
 from .router import Router
 
 
@@ -127,6 +128,8 @@ class ReplayingPass(RecordingPass):
             Whether a row may be missing.
         observed_M (`torch.Tensor` of shape `(M,)`, *optional*):
             Rows whose live selection is asked for.
+        scores (`bool`, *optional*, defaults to `False`):
+            Whether the scores of the recorded experts are asked for, of routers that the op gates.
     """
 
     replays = True
@@ -138,8 +141,10 @@ class ReplayingPass(RecordingPass):
         replayed_NLK: Tensor,
         has_missing: bool,
         observed_M: Tensor | None = None,
+        scores: bool = False,
     ):
         super().__init__(routers, layout)
+        self.scores: dict[int, Tensor] | None = {} if scores else None  # by MoE layer: (N, K), logarithms
         self.observed_M = None if observed_M is None else observed_M.to(replayed_NLK.device)
         self.observed: dict[int, Tensor] = {}  # by MoE layer: (M, K)
         self.replayed_LNK = replayed_NLK.transpose(0, 1).contiguous()
@@ -156,6 +161,10 @@ class ReplayingPass(RecordingPass):
             observed_M = self._on(self.observed_M, args, kwargs)
             with unseen_by_checkpoints():
                 self.observed[index] = router.live_ids(routed, observed_M)
+        if self.scores is not None:
+            assert isinstance(router, GatedRouter)  # or they are not asked for
+            with torch.no_grad(), unseen_by_checkpoints():
+                self.scores[index] = router.log_scores(routed, replayed_NK)
         if routed.live_NK is not None:
             self.live[index] = routed.live_NK
         if routed.status_N is not None:
@@ -170,6 +179,11 @@ class ReplayingPass(RecordingPass):
     def observed_live(self) -> Tensor | None:
         """(M, L, K) ids of the live selection in the observed rows, if any are."""
         return self._stacked(self.observed) if self.observed else None
+
+    def log_scores(self) -> Tensor:
+        """(N, L, K) logarithms of the scores of the recorded experts, which were asked for."""
+        assert self.scores is not None  # asked for
+        return self._stacked(self.scores)
 
     def close(self) -> Tensor:
         """

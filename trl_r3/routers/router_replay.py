@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, b
 from .trimming import TrimmedBatch
 
 GATINGS = ("auto", "intercept", "op")
+_SMALLER = (PackedBatch, TrimmedBatch)  # what layers see in place of a padded batch
 
 
 class RouterReplay:
@@ -271,20 +271,21 @@ class RouterReplay:
     def _replay_stack(self, source: RecordSource, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
-        counted = kwargs.get("position_ids")
-        take = source.take if counted is None else partial(take_record, source, counted)
-        record_NLK = take(batch_size, num_tokens, tokens).flatten(0, 1)
+        record_NLK = take_record(source, kwargs.get("position_ids"), batch_size, num_tokens, tokens).flatten(0, 1)
         skips = None if self.padding is None else self.padding.rows(source, main, args, kwargs)
         mask, observed_M = kwargs.get("attention_mask"), source.observed
         attended_N = attended_tokens(mask, batch_size, num_tokens)
-        if isinstance(skips, (PackedBatch, TrimmedBatch)):
+        if isinstance(skips, _SMALLER):
             record_NLK, observed_M = skips.take(record_NLK), skips.place(observed_M)
             attended_N = None if isinstance(skips, PackedBatch) or attended_N is None else skips.take(attended_N)
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = self._recomputes or torch.is_grad_enabled()
-        pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M)
+        stats = self._stats
+        assert stats is not None  # replay_from() is around us
+        asks = stats.log_scores is not None
+        pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M, asks)
         run = forward if self.padding is None else self.padding.around(pass_, skips, forward)
         output = self._run(pass_, run, args, kwargs)
         changed_NL = pass_.close()
@@ -292,6 +293,8 @@ class RouterReplay:
             source.observe(live_MLK.cpu())
         if self._guard is not None and torch.is_grad_enabled():
             self._guard.replayed += 1
-        assert self._stats is not None  # replay_from() is around us
-        self._stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)
+        if stats.log_scores is not None:
+            rows = skips.padded(pass_.log_scores()) if isinstance(skips, _SMALLER) else pass_.log_scores()
+            stats.log_scores.append(rows.unflatten(0, (batch_size, num_tokens)))
+        stats.add(changed_NL, ~missing_rows(replayed_NLK, self.layout), attended_N)
         return output

@@ -64,12 +64,14 @@ class TrimmedBatch:
         output = forward(**{**kwargs, **cut})
         output.last_hidden_state = F.pad(output.last_hidden_state, (0, 0, 0, width - left))
         if output.get("router_logits") is not None:
-            output.router_logits = tuple(map(self._padded, output.router_logits))
+            output.router_logits = tuple(map(self.padded, output.router_logits))
         return output
 
-    def _padded(self, values: Tensor) -> Tensor:
+    def padded(self, values: Tensor) -> Tensor:
+        """(B * T, ...) of `(B * W, ...)`: zeros where it was cut."""
         width, left = self.size[1], self.left
-        return F.pad(values.view(self.size[0], left, -1), (0, 0, 0, width - left)).flatten(0, 1)
+        whole = F.pad(values.reshape(self.size[0], left, -1), (0, 0, 0, width - left))
+        return whole.view(self.size[0] * width, *values.shape[1:])
 
 
 def _width(real_BT: Tensor) -> int:

@@ -13,6 +13,7 @@ from ..routers.passes import TrainingGuard
 from ..routers.probe import input_device
 from ..routers.router_replay import RouterReplay
 from .log import ReplayLog, make_together
+from .router_shift import RouterShift, shifts
 
 
 class ReplayingTrainer(SamplingTrainer, Protocol):
@@ -44,6 +45,7 @@ class Attachment:
     def __init__(self, trainer: ReplayingTrainer):
         self.trainer = trainer
         self.alarm: Alarm | None = None
+        self.shift: RouterShift | None = None
         self._replay: RouterReplay | None = None
         self._removed: RouterReplay | None = None
 
@@ -79,13 +81,14 @@ class Attachment:
         if padding is not None and self.trainer.accelerator.is_main_process:
             padding.say()
         self.alarm = Alarm(self.replay.layout, self.trainer.args.routing_replay_alarm, judges)
+        self.shift = RouterShift(self.replay.layout, self.trainer.args)
 
     def detach(self) -> None:
         """Give the policy back as it was."""
         if self._replay is not None:
             self._replay.remove()
             self._removed = self._replay
-        self._replay = self.alarm = None
+        self._replay = self.alarm = self.shift = None
 
     def _attach(self, only_with_weights: bool = False) -> None:
         self.detach()
@@ -96,7 +99,8 @@ class Attachment:
             if not only_with_weights or input_device(model) is not None:
                 args = self.trainer.args
                 padding = "keep" if only_with_weights else args.routing_replay_padding
-                self._replay = RouterReplay(model, args.routing_replay_gating, padding)
+                gating = "op" if shifts(args) else args.routing_replay_gating  # which knows routers' scores
+                self._replay = RouterReplay(model, gating, padding)
                 self._removed = None
 
         make_together(self.trainer.accelerator, attach)

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
 
+from transformers import TrainingArguments
+
 from ..routers.padding import PADDINGS
 from ..routers.router_replay import GATINGS
 
@@ -213,8 +215,10 @@ def check_types(args: Any) -> None:
     """
     if args.routing_replay_alarm is False:
         args.routing_replay_alarm = "off"
-    hints = get_type_hints(RoutingReplayConfigMixin)
-    for each in fields(RoutingReplayConfigMixin):
+    mixins = (each for each in type(args).__mro__ if issubclass(each, RoutingReplayConfigMixin))
+    ours = next(each for each in mixins if not issubclass(each, TrainingArguments))  # with those that it builds on
+    hints = get_type_hints(ours)
+    for each in fields(ours):
         value, kind = getattr(args, each.name), hints[each.name]
         if isinstance(value, os.PathLike):
             value = os.fspath(value)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from trl import GRPOConfig, GRPOTrainer
 
-from .config import RoutingReplayConfigMixin, check_config, has_old_policy_forward
+from .config import check_config, has_old_policy_forward
 from .mixin import RoutingReplayMixin
+from .shift_config import RouterShiftConfigMixin, check_shift
 
 
 @dataclass
-class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
+class R3GRPOConfig(RouterShiftConfigMixin, GRPOConfig):
     r"""
-    Configuration class for the [`R3GRPOTrainer`]: [`~trl.GRPOConfig`] and the fields of [`RoutingReplayConfigMixin`].
+    Configuration class for the [`R3GRPOTrainer`]: [`~trl.GRPOConfig`] and the fields of [`RouterShiftConfigMixin`].
 
     Parameters:
         use_routing_replay (`bool`, *optional*, defaults to `False`):
@@ -36,6 +37,8 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
             Folder to write rollouts and their records to.
         routing_replay_trace_every (`int`, *optional*, defaults to `1`):
             Write one every so many steps.
+        routing_replay_shift_weight (`bool`, *optional*, defaults to `False`):
+            Whether the importance ratio of a token shrinks as its routers move away from the rollout (RSPO).
         use_sampling_mask_replay (`bool`, *optional*, defaults to `False`):
             Whether the training distribution is restricted to the tokens that truncated sampling left in the rollout.
         routing_replay_spill_dir (`str`, *optional*):
@@ -52,6 +55,7 @@ class R3GRPOConfig(RoutingReplayConfigMixin, GRPOConfig):
     def __post_init__(self):
         super().__post_init__()
         check_config(self, has_old_policy_forward=has_old_policy_forward(self))
+        check_shift(self)
 
 
 class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):

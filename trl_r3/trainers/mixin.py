@@ -89,6 +89,7 @@ class RoutingReplayMixin(ReplayLifecycle):
     def _compute_loss(self, model, inputs, *args):
         if self._r3 is None or self._r3.evaluates:
             return super()._compute_loss(model, inputs, *args)
+        inputs = dict(inputs)  # TRL's own serves further updates
         with self._replaying_update(inputs):
             return super()._compute_loss(model, inputs, *args)
 

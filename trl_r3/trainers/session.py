@@ -231,16 +231,18 @@ class ReplaySession:
         return runs(scoring, checked, score)
 
     def _replay(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scored]) -> Scored:
-        replay, alarm = self.attachment.replay, self.attachment.alarm
-        assert alarm is not None  # attached
+        replay, alarm, shift = self.attachment.replay, self.attachment.alarm, self.attachment.shift
+        assert alarm is not None and shift is not None  # attached
         judged = self.captures and scoring.has_old_policy
         at_rollout = not scoring.is_update or (self._is_fresh(scoring.samples) and not judged)
         observes = at_rollout or (self.loads is not None and self.loads.follows)
         batch = ScoredBatch(scoring.samples, checked.prompt_width, replay.layout, observes, checked)
         source = batch if self.tracer is None else self.tracer.source(batch, scoring)
         with replay.replay_from(source) as stats:
+            shift.ask(stats, scoring)
             result = score()
         batch.check_done()
+        shift.see(stats, scoring, checked.prompt_width, self.log)
         if scoring.is_update:
             self.log.add_replay(stats, batch)
             if self.loads is not None:

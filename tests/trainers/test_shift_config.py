@@ -1,0 +1,28 @@
+"""The weight by router shift is refused where nothing tells how far routers have moved."""
+
+import pytest
+
+from trl_r3 import R3GMPOConfig, R3GRPOConfig, R3RLOOConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_routing_replay": False}, "`use_routing_replay` is False. Set `use_routing_replay=True`"),
+        ({"routing_replay_mode": "R2"}, "`routing_replay_mode` is 'R2'. Set `routing_replay_mode='R3'`"),
+        ({"routing_replay_gating": "intercept"}, "Set `routing_replay_gating='auto'`"),
+        ({"num_iterations": 1}, "Set `num_iterations` or `steps_per_generation` higher"),
+        ({"routing_replay_shift_weight": "no"}, "`routing_replay_shift_weight` is 'no', expected True or False"),
+    ],
+)
+@pytest.mark.parametrize("config", [R3GRPOConfig, R3GMPOConfig])
+def test_refused(config, changes, message, tmp_path):
+    settings = {"use_routing_replay": True, "routing_replay_shift_weight": True, "num_iterations": 2, "bf16": False}
+    config(str(tmp_path), **settings)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        config(str(tmp_path), **{**settings, **changes})
+
+
+def test_trainers_without_a_ratio_a_token_do_not_have_it(tmp_path):
+    with pytest.raises(TypeError, match="routing_replay_shift_weight"):
+        R3RLOOConfig(str(tmp_path), routing_replay_shift_weight=True)

@@ -1,0 +1,61 @@
+"""The setting of a weight by router shift, for trainers whose loss has an importance ratio a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .config import RoutingReplayConfigMixin, has_old_policy_forward
+
+
+@dataclass
+class RouterShiftConfigMixin(RoutingReplayConfigMixin):
+    r"""
+    [`RoutingReplayConfigMixin`] and one field more, for trainers whose loss has an importance ratio a token.
+
+    Parameters:
+        routing_replay_shift_weight (`bool`, *optional*, defaults to `False`):
+            Whether the importance ratio of a token is scaled by how far its routers have moved since the rollout, as
+            in RSPO (arXiv 2510.23027): down to 0.8, and by 1 where they have not. [`RouterShift`] has the formula.
+            Only updates after the first of a rollout can differ. Needs routers whose gate [`masked_topk_gating`]
+            covers.
+    """
+
+    routing_replay_shift_weight: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the importance ratio of a token is scaled by how far its routers have moved since the "
+            "rollout, as in RSPO (arXiv 2510.23027): down to 0.8, and by 1 where they have not."
+        },
+    )
+
+
+def check_shift(args: RouterShiftConfigMixin) -> None:
+    """
+    Refuse a weight by router shift where nothing tells how far routers have moved.
+
+    Args:
+        args ([`RouterShiftConfigMixin`]):
+            The config.
+
+    Raises:
+        `ValueError`: Naming what it depends on, and what to set instead.
+    """
+    if not args.routing_replay_shift_weight:
+        return
+    needs = (
+        ("use_routing_replay", args.use_routing_replay is True, "True"),
+        ("routing_replay_mode", args.routing_replay_mode == "R3", "'R3'"),
+        ("routing_replay_gating", args.routing_replay_gating != "intercept", "'auto'"),
+    )
+    for name, is_met, value in needs:
+        if not is_met:
+            raise ValueError(
+                f"`routing_replay_shift_weight` compares scores of the recorded experts, but `{name}` is "
+                f"{getattr(args, name)!r}. Set `{name}={value}`, or `routing_replay_shift_weight=False`."
+            )
+    if not has_old_policy_forward(args):
+        raise ValueError(
+            "`routing_replay_shift_weight` compares the routers of an update with those of the old-policy forward, "
+            "which TRL skips here: all updates of a rollout fall into one optimizer step, before which no router "
+            "moves. Set `num_iterations` or `steps_per_generation` higher, or `routing_replay_shift_weight=False`."
+        )
