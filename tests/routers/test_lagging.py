@@ -76,6 +76,62 @@ def test_lag_0_is_plain_training(kind):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def other_weights(model):
+    """What a run of another seed would have, of the whole model."""
+    generator = torch.Generator().manual_seed(5)
+    return {name: torch.randn(each.shape, generator=generator) for name, each in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+@pytest.mark.parametrize("lag", [None, 2, 0])
+def test_given_weights_select(kind, lag):
+    """Always, or until so many steps were taken; never where nothing lags."""
+    model = tiny_qwen3_moe()
+    older = other_weights(model)
+    names = [name for name in older if name.endswith("mlp.gate.weight")]
+    enable_routing_replay(model, route_with=older, lag=lag)
+    steps = trained(model, kind)
+    differ = 0
+    for at, (_, calls, inputs, now) in enumerate(steps):
+        given = [older[name] for name in names]
+        of_lag = given if at < (lag or 0) else steps[max(at - (lag or 0), 0)][3]
+        expected = as_sets(selected(inputs, given if lag is None else of_lag))
+        assert all(torch.equal(as_sets(executed), expected) for executed in calls)
+        differ += int((expected != as_sets(selected(inputs, now))).any(-1).sum())
+    assert (differ > 20) == (lag != 0)
+
+
+def test_given_weights_are_read_when_they_select():
+    """An average that is updated in place."""
+    model = tiny_qwen3_moe()
+    older = other_weights(model)
+    enable_routing_replay(model, route_with=older)
+    with executed_ids(model) as seen:
+        model(IDS, labels=IDS, use_cache=False)
+        for each in older.values():
+            each.neg_()
+        model(IDS, labels=IDS, use_cache=False)
+    before, after = (as_sets(stacked(seen, 2, call)) for call in (0, 1))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda each: None, "has nothing for"),
+        (lambda each: each[:2], r"has a tensor of shape \(2, .*which is of shape"),
+    ],
+)
+def test_weights_of_other_routers_are_refused(spoil, message):
+    model = tiny_qwen3_moe()
+    older = other_weights(model)
+    name = next(name for name in older if name.endswith("mlp.gate.weight"))
+    older[name] = spoil(older[name])
+    with pytest.raises(ValueError, match=f"`route_with` {message}"):
+        enable_routing_replay(model, route_with=older)
+    enable_routing_replay(model)  # nothing was left behind
+
+
 def test_a_step_is_told_by_the_weights_and_not_by_forwards():
     """Micro-batches of one step share the selection of one copy."""
     model = tiny_qwen3_moe()

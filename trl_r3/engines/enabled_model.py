@@ -7,7 +7,7 @@ Legend: B sequences, P prompt tokens with padding, T tokens, L MoE layers, K exp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ def enable_routing_replay(
     padding: str = "keep",
     steady_recompute: bool = False,
     lag: int | None = None,
+    route_with: Mapping[str, Tensor] | None = None,
 ) -> RouterReplay:
     """
     Let a Transformers model record and replay its routing.
@@ -55,13 +56,17 @@ def enable_routing_replay(
             weights that are so many optimizer steps old, from the hidden states of now; its recomputes repeat it. 0 is
             plain training, bit for bit. DeepSeek-V4's anticipatory routing (arXiv 2606.19348) is more: there the whole
             model of an earlier step selects, in a forward of its own over data that is fetched ahead.
+        route_with (mapping of `str` to `torch.Tensor`, *optional*):
+            Older weights of all routers by their names in the model, such as an earlier `model.state_dict()`, of which
+            nothing else is read. They make the selection always, as they are then (update them in place for an average
+            over steps, say), or with `lag` while fewer steps were taken, as when a run goes on.
 
     Returns:
         [`RouterReplay`]: The handle, for `record()` and `replay()`.
 
     Raises:
         [`UnsupportedRouterError`]: If the model is dense, or a router cannot be replayed; the message names it.
-        `ValueError`: If the model is compiled or already enabled.
+        `ValueError`: If the model is compiled or already enabled, or `lag` or `route_with` cannot be of its routers.
 
     Example:
 
@@ -74,10 +79,11 @@ def enable_routing_replay(
     ```
     """
     replay = RouterReplay(model, gating, padding)
-    replay.steady_recompute = steady_recompute or lag is not None
-    if lag is not None:
+    lags = lag is not None or route_with is not None
+    replay.steady_recompute = steady_recompute or lags
+    if lags:
         try:
-            replay.steady_pass = partial(LaggingPass, older=OlderRouters(replay.routers, lag))
+            replay.steady_pass = partial(LaggingPass, older=OlderRouters(replay.routers, lag, route_with))
         except ValueError:
             replay.remove()
             raise

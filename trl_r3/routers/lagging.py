@@ -6,7 +6,7 @@ Legend: N tokens of a forward, K experts per token.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -30,24 +30,32 @@ class OlderRouters:
     Args:
         routers (sequence of [`Router`]):
             The routers of a model.
-        lag (`int`):
-            How many steps. While fewer were taken, the oldest weights select.
+        lag (`int`, *optional*):
+            How many steps. While fewer were taken, the oldest weights select. `None`: always those of `given`.
+        given (mapping of `str` to `torch.Tensor`, *optional*):
+            Weights of all routers, by their names in the model: older than those of now.
 
     Raises:
-        `ValueError`: If the lag is negative, or a router has no weights of its own that could be kept.
+        `ValueError`: If the lag is negative, a router has no weights of its own that could be kept, or `given` is not
+            of these routers.
     """
 
-    def __init__(self, routers: Sequence[Router], lag: int):
-        if lag < 0:
+    def __init__(self, routers: Sequence[Router], lag: int | None, given: Mapping[str, Tensor] | None = None):
+        if lag is not None and lag < 0:
             raise ValueError(f"`lag` is {lag}, but it counts optimizer steps back. Pass 0, or a positive number.")
         self.routers = routers
+        self._ages = lag is not None
         self._versions: list[int] | None = None
-        self._kept: deque[list[dict[str, Tensor]]] = deque(maxlen=lag + 1)
+        self._kept: deque[list[dict[str, Tensor]]] = deque(maxlen=1 if lag is None else lag + 1)
         for router in routers:
             _check(router)
+        if given is not None:
+            self._kept.append([_of(router, given) for router in routers])
 
     def note(self) -> None:
         """Keep the weights, if a step has changed them."""
+        if not self._ages:
+            return
         versions = [edits(each) for router in self.routers for each in _state(router.module).values()]
         if versions != self._versions:
             self._versions = versions
@@ -61,12 +69,12 @@ class OlderRouters:
         if parametrize.is_parametrized(module):
             raise RuntimeError(
                 f"{self.routers[index].name} computes its weights in each forward, so older ones cannot take their "
-                "place. Train the router itself, without an adapter on it, or leave `lag` out."
+                "place. Train the router itself, without an adapter on it, or leave `lag` and `route_with` out."
             )
         own = _state(module)
         try:
-            for name, each in self._kept[0][index].items():
-                is_parameter = isinstance(own[name], nn.Parameter)
+            for name, kept in self._kept[0][index].items():
+                is_parameter, each = isinstance(own[name], nn.Parameter), kept.to(own[name].device)
                 _put(module, name, nn.Parameter(each, requires_grad=False) if is_parameter else each)
             yield
         finally:
@@ -110,18 +118,33 @@ def _put(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(module.get_submodule(path), leaf, value)
 
 
+def _of(router: Router, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a router among those of a model: what is changed in them later selects, too."""
+    found = {}
+    for name, own in _state(router.module).items():
+        older = given.get(f"{router.name}.{name}")
+        if older is None or older.shape != own.shape:
+            shape = "nothing" if older is None else f"a tensor of shape {tuple(older.shape)}"
+            raise ValueError(
+                f"`route_with` has {shape} for {router.name}.{name}, which is of shape {tuple(own.shape)}. Pass the "
+                "weights of all routers by their names in the model, such as an earlier `model.state_dict()`."
+            )
+        found[name] = older.detach()
+    return found
+
+
 def _check(router: Router) -> None:
     """Refuse a router whose older weights cannot be kept beside its own."""
     names = [name.rpartition(".")[2] for name, _ in router.module.named_modules()]
     if "experts" in names:
         raise ValueError(
             f"{router.name} ({type(router.module).__name__}) selects in the module that holds the experts, so its "
-            "older weights would be those of the experts, too. Leave `lag` out."
+            "older weights would be those of the experts, too. Leave `lag` and `route_with` out."
         )
     state = _state(router.module)
     odd = next((n for n, each in state.items() if type(each) not in (nn.Parameter, Tensor) or not each.numel()), None)
     if odd is not None:
         raise ValueError(
-            f"{odd} of {router.name} is sharded, so no process holds the weights that select. Leave `lag` out, or "
-            "train with whole routers on each process (DDP)."
+            f"{odd} of {router.name} is sharded, so no process holds the weights that select. Leave `lag` and "
+            "`route_with` out, or train with whole routers on each process (DDP)."
         )
