@@ -45,7 +45,11 @@ def judged(folder):
         ("sampling/k3_kl", 0.05, "sampling/k3_kl reached 0.05, outside since step 20; healthy is below 0.001"),
         ("routing_replay/agreement", 0.3, "agreement reached 0.3, outside since step 20; healthy is above 0.8"),
         ("routing_replay/contrast", -0.9, "contrast reached -0.9, outside since step 20; healthy is above 0"),
-        ("routing_replay/load/max_over_mean", 16.0, "max_over_mean reached 16, outside since step 20; healthy is below 4"),
+        (
+            "routing_replay/load/max_over_mean",
+            16.0,
+            "max_over_mean reached 16, outside since step 20; healthy is below 4",
+        ),
     ],
 )
 def test_what_is_not_healthy_is_named(tmp_path, name, value, says):

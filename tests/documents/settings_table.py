@@ -9,7 +9,7 @@ from pathlib import Path
 from trl.experimental.async_grpo import AsyncGRPOConfig
 
 from trl_r3 import R3AsyncGRPOConfig
-from trl_r3.trainers.config import RoutingReplayConfigMixin
+from trl_r3.trainers.shift_config import RouterShiftConfigMixin
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 _NAME = re.compile(r"\b(?:routing_replay|sampling)(?:_[a-z_]+|/[a-z_/*]+)|\btrl-r3 \w+(?: --\w+)?")
@@ -17,8 +17,8 @@ _TABLE = re.compile(r"(<!-- settings: generated -->\n).*(\n<!-- end of settings 
 
 
 def settings() -> list[dataclasses.Field]:
-    """Fields of all configs, then those of asynchronous GRPO alone."""
-    shared = dataclasses.fields(RoutingReplayConfigMixin)
+    """Fields of all configs, that of GRPO and GMPO, then those of asynchronous GRPO alone."""
+    shared = dataclasses.fields(RouterShiftConfigMixin)
     known = {each.name for each in (*shared, *dataclasses.fields(AsyncGRPOConfig))}
     return [*shared, *(each for each in dataclasses.fields(R3AsyncGRPOConfig) if each.name not in known)]
 
