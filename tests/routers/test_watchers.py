@@ -47,7 +47,10 @@ class Spy:
         self.before, self.module.forward = before, forward
 
     def remove(self):
-        self.module.forward = self.before
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
 
 
 EXPERTS = "model.layers.2.mlp.experts"
@@ -78,6 +81,45 @@ def counted(model):
 
     give_forward(experts_of(model)[3], forward)
     return rows
+
+
+def test_a_forward_of_a_class_that_somebody_replaced_is_a_watcher(monkeypatch):
+    """And one that the class was written with, wherever that is, is none."""
+    model, rows = tiny_qwen3_moe(), []
+    with RouterReplay(model) as replay:
+        padded = logits(model, replay)
+    experts, gate = experts_of(model)[3], model.model.layers[3].mlp.gate
+    give_forward(gate, lambda own, *args: own(*args))
+    own = type(experts).forward
+
+    def forward(self, hidden, *args):
+        rows.append(hidden.shape[0])
+        return own(self, hidden, *args)
+
+    with RouterReplay(model, padding="auto") as replay:
+        assert str(replay.padding) == "skipped"
+    monkeypatch.setattr(type(experts), "forward", forward)
+    with RouterReplay(model, padding="auto") as replay:
+        rows.clear()
+        assert torch.equal(logits(model, replay), padded)
+        assert set(rows) == {48} and f"kept: a forward of {__name__}." in str(replay.padding)
+
+
+@pytest.mark.parametrize("watch", ["experts", "a forward in place"])
+def test_nothing_is_tried_in_front_of_a_watcher(watch):
+    """Who watches from the beginning sees what attaching always does, and no trial."""
+    seen = {}
+    for padding in ("keep", "auto"):
+        model, seen[padding] = tiny_qwen3_moe(), []
+        watcher = WATCHES[watch][0](model, seen[padding])
+        with RouterReplay(model, padding=padding) as replay:
+            logits(model, replay)
+            if padding == "auto":
+                assert str(replay.padding).startswith("kept: a forward")
+                watcher.remove()
+                assert str(replay.padding).startswith("kept: not tried, as a forward")
+                logits(model, replay)
+    assert seen["auto"] == seen["keep"] != []
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,18 @@ class Padding:
         return "columns" if self.mode == "none" else f"{self.mode}, columns"
 
     def try_skipping(self, model: nn.Module, replay: RouterReplay) -> None:
-        """Skip it from now on, by all modules and, where these cannot, by the experts, if the model allows."""
+        """
+        Skip it from now on, by all modules and, where these cannot, by the experts, if the model allows.
+
+        Nothing is tried in front of a watcher, who would count the rows of the trial with those of a batch.
+        """
         try:
+            watchers = Watchers(model, self.current, [router.module for router in replay.routers])
+            self.kept_by = watchers.find()
+            if self.kept_by is not None:
+                self.why = self._why_not_trimmed = f"not tried, as {self.kept_by}"
+                self._watchers = watchers
+                return
             trial = PaddingTrial(model, replay)
             self._attention = PackedAttention(self.stack, self.active)
             self.why = self._why_not_trimmed = trial.pad()
@@ -91,8 +101,7 @@ class Padding:
             if not self._packs:
                 self._attention.remove()
                 self._attention = None
-            self._watchers = Watchers(model, self.current, [router.module for router in replay.routers])
-            self.kept_by = self._watchers.find()
+            self._watchers = watchers
         except BaseException:
             replay.remove()
             raise

@@ -42,6 +42,7 @@ class Watchers:
         self._names: list[str] = []
         self._holders: list[tuple[str, nn.Module]] = []  # of a forward that may be another one's
         self._of_libraries: set[int] = set()  # ids of hooks, which PyTorch never gives twice
+        self._of_classes: set[Callable] = set()  # forwards that their classes were written with
 
     def find(self) -> str | None:
         """The first one and what it watches; `None` where there is nobody."""
@@ -53,9 +54,12 @@ class Watchers:
                         return f"a forward hook of {who} watches {name}"
                 self._of_libraries.update(hooks)
         for name, module in self._holders:
-            forward = vars(module).get("forward")
-            if forward is not None and (who := _stranger_in_place(forward, module)) is not None:
+            own, given = type(module).forward, vars(module).get("forward")
+            if own in self._of_classes and given is None:  # nearly always
+                continue
+            if (who := _stranger_in_place(given, module)) is not None:
                 return f"a forward of {who} is in place of that of {name}"
+            self._of_classes.add(own)
         return None
 
     def _walk(self) -> None:
@@ -78,9 +82,19 @@ class Watchers:
 
 
 def _stranger_in_place(forward: Any, module: nn.Module) -> str | None:
+    """Who gave a module (`forward`), or its class, another one than the class was written with."""
     while isinstance(forward, Patch):
         forward = forward.own
-    return None if forward is None else _stranger(forward, type(module).forward)
+    if forward is not None and (who := _stranger(forward, type(module).forward)) is not None:
+        return who
+    owner = next(each for each in type(module).__mro__ if "forward" in vars(each))
+    own = vars(owner)["forward"]
+    return None if _where(own) == owner.__module__ else _stranger(own)
+
+
+def _where(function: Any) -> str:
+    """Name of the module that a function, or the class of a callable, was written in."""
+    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
 
 
 def _stranger(function: Any, own: Callable | None = None) -> str | None:
@@ -91,7 +105,7 @@ def _stranger(function: Any, own: Callable | None = None) -> str | None:
         function = getattr(function, "__func__", function)
         if function is own:
             return None
-        where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        where = _where(function)
         if where.partition(".")[0] not in _LIBRARIES:
             code = getattr(function, "__code__", None)  # which `functools.wraps` leaves alone
             return f"{where}.{type(function).__qualname__ if code is None else code.co_name}"
