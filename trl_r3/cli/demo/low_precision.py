@@ -5,8 +5,8 @@ Legend: B batch, C completion tokens, T tokens with padding, L MoE layers, K exp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -58,26 +58,23 @@ class LowPrecisionRolloutTrainer(R3GRPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        with ExitStack() as stack:
-            stack.enter_context(self._rollout_numerics(model))
-            if self._measures_now and self._r3 is None:
-                stack.enter_context(self._capture(model))
-            return super()._generate_single_turn(*args, **kwargs)
-
-    @contextmanager
-    def _capture(self, model: Any) -> Iterator[None]:
-        """Keep the routes of a rollout that is trained on without them."""
+        own_generate = model.generate
 
         def generate(*args, **kwargs):
-            with RouterReplay(model) as replay:
-                self._unused_rollout = generate_with_routes(
-                    model, replay, own_generate, args, kwargs, temperature=self.temperature
-                )
-            return self._unused_rollout.output
+            if self._measures_now and self._r3 is None:
+                return self._captured(model, own_generate, args, kwargs)
+            with self._rollout_numerics(model):
+                return own_generate(*args, **kwargs)
 
-        own_generate = model.generate
         with swapped(model, "generate", generate):
-            yield
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _captured(self, model: Any, own_generate: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Keep the routes of a rollout that is trained on without them."""
+        with RouterReplay(model) as replay, self._rollout_numerics(model):  # which may not route alike twice
+            rollout = generate_with_routes(model, replay, own_generate, args, kwargs, temperature=self.temperature)
+        self._unused_rollout = rollout
+        return rollout.output
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)

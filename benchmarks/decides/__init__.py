@@ -1,0 +1,1 @@
+"""A run that replay decides, and where deciding begins. See docs/when_it_helps.md."""

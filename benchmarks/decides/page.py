@@ -1,0 +1,121 @@
+"""The generated parts of docs/when_it_helps.md, computed from the lines of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from .cells import Cell, Setting
+from .grid import DECIDED
+from .results import Cells, Line, by_cell, differences, judged, mean_of, reward_at_end
+
+_FIRST, _LAST = slice(0, 3), slice(-3, None)  # of what was measured
+NAMES = {
+    "live": "live routing",
+    "R3": "replay",
+    "R2": "replay of the old-policy pass (R2)",
+    "frozen": "live, routers frozen",
+    "live+weights": "live, importance weights truncated at 2",
+    "live+mask": "live, sequences with a ratio above 3 masked (TRL's default)",
+    "R3+weights": "replay, importance weights truncated at 2",
+}
+
+
+def blocks(lines: Sequence[Line]) -> dict[str, str]:
+    """What stands between the marks of the page, by name."""
+    cells = by_cell(lines)
+    return {"numbers": numbers(cells, lines), "arms": arms(cells), "ladder": ladder(cells)}
+
+
+def numbers(cells: Cells, lines: Sequence[Line]) -> str:
+    """The decided case, and what all runs took."""
+    live, replayed = (list(cells[Cell(DECIDED, arm)].values()) for arm in ("live", "R3"))
+    exact = list(cells[Cell(Setting("exact"), "live")].values())
+    hours = sum(line["seconds"] for line in lines) / 3600
+    facts = [
+        f"Reward of the last fifty steps: {_reward(live)} live, {_reward(replayed)} with replay, "
+        f"{_reward(exact)} without noise. Replay minus live: {_shown(differences(DECIDED, 'R3', cells))}.",
+        f"k3 of live training grows from {mean_of(live, 'k3_live', _FIRST):.2f} to "
+        f"{mean_of(live, 'k3_live', _LAST):.2f}; with replay it is at most "
+        f"{max(value for line in replayed for value in line['k3_replay']):.0e}.",
+        f"Entropy at the end: {mean_of(live, 'entropy', _LAST):.3f} live, {mean_of(replayed, 'entropy', _LAST):.3f} "
+        f"with replay, {mean_of(exact, 'entropy', _LAST):.3f} without noise.",
+        f"{len(lines)} runs, {hours:.1f} core hours.",
+    ]
+    return "".join(f"* {fact}\n" for fact in facts)
+
+
+def arms(cells: Cells) -> str:
+    """The decided setting with one expert a token and with two, arm by arm."""
+    rows = ["| experts a token | arm | seeds | reward at the end | to live | k3 at the end | entropy at the end |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for top_k in (2, 1):
+        for rollout in (DECIDED.rollout, "exact"):
+            setting = Setting(rollout, top_k=top_k)
+            for arm, name in NAMES.items():
+                lines = list(cells.get(Cell(setting, arm), {}).values())
+                if lines:
+                    way = "k3_replay" if arm.startswith("R3") else "k3_live"
+                    noisy = "" if rollout == DECIDED.rollout else ", no noise"
+                    rows.append(
+                        f"| {top_k} | {name}{noisy} | {len(lines)} | {_reward(lines)} | "
+                        f"{'' if arm == 'live' else _shown(differences(setting, arm, cells))} | "
+                        f"{mean_of(lines, way, _LAST):.2f} | {mean_of(lines, 'entropy', _LAST):.3f} |"
+                    )
+    return "\n".join(rows) + "\n"
+
+
+def ladder(cells: Cells) -> str:
+    """Every setting that has both live training and replay, by how large the mismatch of live training is."""
+    rows = [
+        "| what differs | seeds | k3 live, first and last steps | F(2) live | changed routers | reward live | replay | "
+        "replay minus live |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for setting in by_mismatch(cells):
+        live, replayed = cells[Cell(setting, "live")], cells[Cell(setting, "R3")]
+        both = sorted(live.keys() & replayed.keys())
+        first, second = [live[seed] for seed in both], [replayed[seed] for seed in both]
+        rows.append(
+            f"| {label(setting)} | {len(both)} | {mean_of(first, 'k3_live', _FIRST):.2g}, "
+            f"{mean_of(first, 'k3_live', _LAST):.2g} | {mean_of(first, 'F2_live', slice(None)):.1%} | "
+            f"{mean_of(first, 'changed_routers', slice(None)):.0%} | {_reward(first)} | {_reward(second)} | "
+            f"{_shown(differences(setting, 'R3', cells))} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def by_mismatch(cells: Cells) -> list[Setting]:
+    """The settings that have live training and replay, the loudest first."""
+    settings = {cell.setting for cell in cells if cell.arm == "R3"} & {c.setting for c in cells if c.arm == "live"}
+    settings = {each for each in settings if differences(each, "R3", cells)}
+    return sorted(settings, key=lambda each: -live_k3(each, cells))
+
+
+def live_k3(setting: Setting, cells: Cells) -> float:
+    """k3 of live training in its first steps."""
+    return mean_of(cells[Cell(setting, "live")].values(), "k3_live", _FIRST)
+
+
+def label(setting: Setting) -> str:
+    """A setting in words: its rollout, and what is not as in the decided one."""
+    parts = [setting.rollout]
+    parts += [f"{setting.top_k} expert a token"] if setting.top_k != DECIDED.top_k else []
+    parts += [f"answers of {setting.length}"] if setting.length != DECIDED.length else []
+    parts += [f"{setting.updates} updates a rollout"] if setting.updates != DECIDED.updates else []
+    parts += [f"learning rate {setting.learning_rate:g}"] if setting.learning_rate != DECIDED.learning_rate else []
+    parts += [f"{setting.steps} steps"] if setting.steps != DECIDED.steps else []
+    return ", ".join(parts)
+
+
+def _reward(lines: Sequence[Line]) -> str:
+    return f"{fmean(map(reward_at_end, lines)):.2f}"
+
+
+def _shown(values: list[float]) -> str:
+    found = judged(values)
+    if found is None:
+        each = ", ".join(f"{value:+.2f}" for value in values)
+        return f"{fmean(values):+.2f} ({each})" if len(values) > 1 else each
+    mark = "**" if found.is_clear else ""
+    return f"{mark}{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{mark}"
