@@ -62,7 +62,6 @@ def rollout_numerics(name: str, model: nn.Module, generator: torch.Generator) ->
 def _rounded_weights(model: nn.Module, rounded: Callable[[Tensor], Tensor]) -> Iterator[None]:
     with in_bfloat16(model):
         for name, parameter in model.named_parameters():
-            if "self_attn" in name or ".experts." in name:
-                if parameter.ndim >= 2:
-                    parameter.data = rounded(parameter.data.float()).to(torch.bfloat16)
+            if ("self_attn" in name or ".experts." in name) and parameter.ndim >= 2:
+                parameter.data = rounded(parameter.data.float()).to(torch.bfloat16)
         yield

@@ -68,7 +68,7 @@ def arms(cells: Cells) -> str:
 def ladder(cells: Cells) -> str:
     """Every setting that has both live training and replay, by how large the mismatch of live training is."""
     rows = [
-        "| what differs | seeds | k3 live, first and last steps | F(2) live | changed routers | reward live | replay | "
+        "| rollout | seeds | k3 live, first and last steps | F(2) live | changed routers | reward live | replay | "
         "replay minus live |",
         "|---|---|---|---|---|---|---|---|",
     ]

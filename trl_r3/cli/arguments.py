@@ -25,6 +25,8 @@ def check_arguments(args: Namespace) -> None:
         [`BadInput`]: Naming the argument.
     """
     if args.command == "demo":
+        if args.mismatch == "noise" and args.model != "qwen3":
+            raise BadInput(f"`--model {args.model}` is of the demo in bfloat16. Pass `--mismatch bf16` with it.")
         return
     if args.command == "report":
         if len(args.folders) > 2:

@@ -24,7 +24,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
 
     demo = commands.add_parser("demo", help="train a small mixture of experts on this CPU, without replay and with it")
-    demo.add_argument("--model", choices=("qwen3", "mixtral"), default="qwen3", help="architecture (default: qwen3)")
+    demo.add_argument(
+        "--mismatch",
+        choices=("noise", "bf16"),
+        default="noise",
+        help="what rollouts differ in: noise in their choice of experts, which replay decides, or bfloat16, which it "
+        "does not (default: noise)",
+    )
+    demo.add_argument("--model", choices=("qwen3", "mixtral"), default="qwen3", help="of bf16 (default: qwen3)")
     demo.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     demo.add_argument(
         "--output",
@@ -164,7 +171,7 @@ def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
     check_writable(args.output)
-    demo.main(args.model, args.smoke, args.output)
+    demo.main(args.mismatch, args.model, args.smoke, args.output)
     return 0
 
 

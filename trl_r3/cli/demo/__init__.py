@@ -4,44 +4,79 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 LAYOUT = {
     "table.md": "the table above",
-    "plot.png": "mismatch and reward by step",
+    "plot.png": "reward and mismatch by step",
     "log.json": "settings, versions, every measurement and everything TRL logged",
-    "start/": "the model that both runs start from (try `trl-r3 verify` on it)",
+    "start/": "the model that all runs start from",
+    "traces/": "rollouts of a run with replay",
 }
 
 
-def main(model: str, smoke: bool, output: Path) -> None:
+def main(mismatch: str, model: str, smoke: bool, output: Path) -> None:
     """
     Run the demo, print its table, and write it to a folder.
 
     Args:
+        mismatch (`str`):
+            What the rollout differs in: `"noise"` on its router logits, or `"bf16"`.
         model (`str`):
-            `"qwen3"` or `"mixtral"`.
+            `"qwen3"`, or `"mixtral"` with `"bf16"`.
         smoke (`bool`):
             Whether to do a few steps only, which shows that everything runs and trains nothing worth reading.
         output (`Path`):
             Folder, made if it does not exist.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    from . import low_precision, results, run, settings  # TRL takes seconds to import
+    from transformers.utils.logging import disable_progress_bar  # seconds to import
 
     disable_progress_bar()  # ours is one bar for the whole run
     console = Console()
-    size = settings.SMOKE if smoke else settings.FULL
     output.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names that TRL still uses
+        run = _noisy if mismatch == "noise" else _rounded
+        run(model, smoke, output, console)
+    console.print(f"Written to {output.resolve()}:")
+    for name, what in LAYOUT.items():
+        if (output / name).exists():
+            console.print(f"  {name:<10} {what}", markup=False)
+    trace = next(iter(sorted((output / "traces").glob("step-*"))), None)
+    if trace is not None:
+        console.print(f"Next: trl-r3 report {output}", soft_wrap=True)
+        console.print(f"      trl-r3 verify {output / 'start'} --trace {trace}", soft_wrap=True)
+        console.print(f"      trl-r3 verify {output / 'start'}", soft_wrap=True)
+
+
+def _noisy(model: str, smoke: bool, output: Path, console: Console) -> None:
+    from . import noisy_results, noisy_runs
+
+    settings = noisy_runs.SMOKE if smoke else noisy_runs.NoisySettings()
+    console.print(
+        f"A small mixture of experts learns to sort {noisy_runs.LENGTH} letters by GRPO, on the CPU: live and with "
+        f"replay, {settings.seeds} run{'s' * (settings.seeds > 1)} of {settings.steps} steps each. Its rollouts select "
+        "experts with noise; only `use_routing_replay` differs.",
+        soft_wrap=True,
+    )
+    result = noisy_runs.run_noisy_demo(settings, output, console)
+    noisy_results.write_noisy(result, settings, output)
+    console.print(noisy_results.noisy_table(result))
+    console.print(noisy_results.how_large(result, settings), soft_wrap=True)
+    console.print(noisy_results.what_it_cost(result), f"{result.seconds:.0f} s in all.", soft_wrap=True)
+
+
+def _rounded(model: str, smoke: bool, output: Path, console: Console) -> None:
+    from . import low_precision, results, run, settings
+
+    size = settings.SMOKE if smoke else settings.FULL
     console.print(
         f"Two GRPO runs of a small {model} mixture of experts that learns to add, on the CPU.", soft_wrap=True
     )
     console.print(f"{low_precision.GAP} Between the runs only `use_routing_replay` differs.", soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # names that TRL still uses
-        result = run.run_demo(model, size, output, console)
+    result: Any = run.run_demo(model, size, output, console)
     results.write(result, model, size, output)
     console.print(results.rich_table(result))
     console.print(
@@ -49,7 +84,3 @@ def main(model: str, smoke: bool, output: Path) -> None:
         f"mismatch: mean of every {size.measure_every} steps, taken before the update; one seed.",
         soft_wrap=True,
     )
-    console.print(f"Written to {output.resolve()}:")
-    for name, what in LAYOUT.items():
-        if (output / name).exists():
-            console.print(f"  {name:<10} {what}", markup=False)

@@ -9,7 +9,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterC
 
 from ..._compat import without_checkpointing
 from ...trainers.grpo import R3GRPOConfig
+from ..twin import one_thread
 from .low_precision import LowPrecisionRolloutTrainer
 from .policy import CONFIGS, Sum, accuracy, build_tokenizer, make_sums, warm_up
 from .settings import DemoSettings
@@ -54,7 +54,7 @@ def exact_answer(completions: list[str], answer: list[str], **kwargs: Any) -> li
     return [float(text.replace(" ", "") == expected) for text, expected in zip(completions, answer, strict=True)]
 
 
-class _Clock(TrainerCallback):
+class StepClock(TrainerCallback):
     """Processor seconds of each step: on a shared machine they say more than those on the wall."""
 
     def __init__(self, on_step: Callable[[], None]):
@@ -68,17 +68,6 @@ class _Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.process_time() - self.begin)
         self.on_step()
-
-
-@contextmanager
-def _one_thread():
-    # operations this small gain nothing from more threads, and lose much where the cores are shared
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_demo(name: str, settings: DemoSettings, output: Path, console: Any) -> DemoResult:
@@ -100,7 +89,7 @@ def run_demo(name: str, settings: DemoSettings, output: Path, console: Any) -> D
     """
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     begin = time.perf_counter()
-    with _one_thread(), Progress(*columns, console=console) as progress:
+    with one_thread(), Progress(*columns, console=console) as progress:
         total = {"warm-up": settings.warm_up_steps, **dict.fromkeys(RUNS, settings.grpo_steps)}
         tasks = {phase: progress.add_task(phase, total=steps, start=False) for phase, steps in total.items()}
 
@@ -120,7 +109,7 @@ def run_demo(name: str, settings: DemoSettings, output: Path, console: Any) -> D
         for run, use_replay in RUNS.items():
             with tempfile.TemporaryDirectory() as scratch:
                 args = _config(scratch, settings, use_replay)
-                clock = _Clock(start(run))
+                clock = StepClock(start(run))
                 trainer = _trainer(copy.deepcopy(model), tokenizer, train, args, settings.measure_every, clock)
                 trainer.train()
             after = accuracy(trainer.model, tokenizer, held_out)
@@ -178,7 +167,7 @@ def _trainer(
     train: Sequence[Sum],
     args: R3GRPOConfig,
     measure_every: int,
-    clock: _Clock,
+    clock: StepClock,
 ) -> LowPrecisionRolloutTrainer:
     dataset = Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in train])
     with warnings.catch_warnings():
@@ -196,7 +185,7 @@ def _trainer(
     return trainer
 
 
-def _result(trainer: LowPrecisionRolloutTrainer, clock: _Clock, before: float, after: float) -> RunResult:
+def _result(trainer: LowPrecisionRolloutTrainer, clock: StepClock, before: float, after: float) -> RunResult:
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     measured = {entry["step"] for entry in trainer.measured}
     plain = [seconds for step, seconds in enumerate(clock.seconds) if step not in measured]
