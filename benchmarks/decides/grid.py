@@ -9,27 +9,41 @@ from .cells import Cell, Setting
 SEEDS = (0, 1, 2, 3, 4)
 LOUD = "noise 0.7"
 DECIDED = Setting(LOUD)
+EXACT = Setting("exact")
+BRIEF = 20  # steps after which the mismatch of a rollout is known, and nothing of what it does
+NUMERICS = ("noise 0.5", "noise 0.35", "noise 0.2", "noise 0.1", "noise 0.05", "int4", "fp8", "int8", "bf16")
 
 
 def parts() -> Iterator[tuple[list[Cell], tuple[int, ...]]]:
     """Cells and their seeds, the most telling part first; each is of use without those after it."""
-    few, two = SEEDS[:3], SEEDS[:2]
-    yield [Cell(DECIDED, "live"), Cell(DECIDED, "R3"), Cell(Setting("exact"), "live")], SEEDS
-    yield [Cell(Setting(f"noise {level}"), arm) for level in (0.35, 0.2, 0.1) for arm in ("live", "R3")], two
-    yield [Cell(DECIDED, arm) for arm in ("live+weights", "live+mask")], few
-    yield [Cell(Setting(LOUD, top_k=1), arm) for arm in ("live", "R3")], few
-    yield [Cell(Setting(name), arm) for name in ("int4", "fp8") for arm in ("live", "R3")], two
-    yield [Cell(Setting("noise 0.5"), arm) for arm in ("live", "R3")], two
-    yield [Cell(DECIDED, arm) for arm in ("R3+weights", "frozen")], few
-    yield [Cell(Setting(LOUD, updates=4), arm) for arm in ("live", "R3", "R2")], two
-    yield [Cell(Setting(LOUD, length=length), arm) for length in (4, 20) for arm in ("live", "R3")], two
-    yield [Cell(Setting(name), arm) for name in ("noise 0.05", "int8", "bf16") for arm in ("live", "R3")], two
-    yield [Cell(Setting(LOUD, learning_rate=1e-3), arm) for arm in ("live", "R3")], two
-    yield [Cell(Setting(LOUD, top_k=1), arm) for arm in ("live+weights", "live+mask")], two
-    yield [Cell(Setting("exact", top_k=1), "live")], few
+    few, one = SEEDS[:3], SEEDS[:1]
+    yield [*_both(DECIDED), Cell(EXACT, "live")], one
+    yield _both(DECIDED), few
+    yield [Cell(Setting(name, steps=BRIEF), "live") for name in NUMERICS], one
+    yield _both(Setting("noise 0.35")), one
+    yield _both(DECIDED), SEEDS
+    yield [*_both(Setting("int4")), *_both(Setting("noise 0.2"))], one
+    yield [Cell(DECIDED, "live+weights"), Cell(DECIDED, "live+mask"), *_both(Setting(LOUD, top_k=1))], one
+    yield [Cell(EXACT, "live")], few
+    yield [*_both(Setting("noise 0.5")), *_both(Setting("fp8")), *_both(Setting("noise 0.35"))], SEEDS[:2]
+    yield [Cell(DECIDED, arm) for arm in ("live+weights", "live+mask", "R3+weights", "frozen")], few
+    yield _both(Setting(LOUD, top_k=1)), few
+    yield [*_both(Setting(LOUD, updates=4)), Cell(Setting(LOUD, updates=4), "R2")], SEEDS[:2]
+    yield [cell for length in (4, 20) for cell in _both(Setting(LOUD, length=length))], SEEDS[:2]
+    yield [cell for name in ("int8", "bf16", "noise 0.1", "noise 0.05") for cell in _both(Setting(name))], SEEDS[:2]
+    yield _both(Setting(LOUD, learning_rate=1e-3)), SEEDS[:2]
+    yield [Cell(EXACT, "live")], SEEDS
+
+
+def _both(setting: Setting) -> list[Cell]:
+    return [Cell(setting, "live"), Cell(setting, "R3")]
 
 
 def runs() -> Iterator[tuple[Cell, int]]:
-    """Cells and seeds, a part after the other, and in it seeds outermost, so that a part that ends early is fair."""
+    """Cells and seeds, each once: a part after the other, and in it seeds outermost, so that any end is fair."""
+    told: set[tuple[Cell, int]] = set()
     for cells, seeds in parts():
-        yield from ((cell, seed) for seed in seeds for cell in cells)
+        for each in ((cell, seed) for seed in seeds for cell in cells):
+            if each not in told:
+                told.add(each)
+                yield each

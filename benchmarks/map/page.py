@@ -1,4 +1,4 @@
-"""The generated parts of docs/when_it_helps.md: figures and table, computed from the lines of finished runs."""
+"""The generated parts of README.md: figures and table, computed from the lines of finished runs."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from .plot import plot
 from .results import read
 from .run import FOLDER
 
-PAGE = FOLDER.parents[1] / "docs" / "when_it_helps.md"
+PAGE = FOLDER / "README.md"
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = read(args.results)
     args.page.write_text(filled(args.page.read_text(encoding="ascii"), blocks(lines)), encoding="ascii")
-    plot(lines, args.page.with_suffix(".png"))
+    plot(lines, args.page.with_name("map.png"))
 
 
 if __name__ == "__main__":

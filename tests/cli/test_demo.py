@@ -12,17 +12,18 @@ from trl_r3.cli.demo.policy import CONFIGS, Sum, accuracy, build_tokenizer, enco
 from trl_r3.cli.demo.rounding import in_bfloat16
 
 ROWS = (
-    "accuracy before",
-    "accuracy after",
+    "sums right, greedy, before",
+    "sums right, greedy, after",
     "reward, first tenth of the steps",
     "reward, last tenth of the steps",
-    "k3_kl",
-    "k3_kl, same rollouts scored the other way",
-    "F(2)",
-    "F(1.1)",
-    "changed routers",
-    "changed tokens",
-    "processor seconds a step",
+    "k3 (how far training is from the rollout), scored live",
+    "k3 (how far training is from the rollout), same rollouts with their experts",
+    "tokens more than twice as likely to one of the two, scored live",
+    "tokens more than twice as likely to one of the two, same rollouts with their experts",
+    "tokens more than 1.1 times as likely to one, scored live",
+    "tokens more than 1.1 times as likely to one, same rollouts with their experts",
+    "routers where live routing chooses other experts",
+    "tokens with such a router",
 )
 
 
@@ -30,7 +31,7 @@ ROWS = (
 def demo(request, tmp_path_factory):
     """The folder of a smoke run and its log."""
     folder = tmp_path_factory.mktemp(request.param)
-    assert cli.main(["demo", "--smoke", "--model", request.param, "--output", str(folder)]) == 0
+    assert cli.main(["demo", "--mismatch", "bf16", "--smoke", "--model", request.param, "--output", str(folder)]) == 0
     return folder, json.loads((folder / "log.json").read_text())
 
 
@@ -87,12 +88,11 @@ def test_measurement_agrees_with_the_metrics_of_the_trainer(demo):
         assert step["routing_replay/changed_token_frac"] == pytest.approx(entry["replay/changed_token_frac"])
 
 
-def test_table_pairs_each_run_with_its_own_routing(demo):
+def test_table_scores_the_rollouts_of_each_run_both_ways(demo):
     _, log = demo
-    for run, own, other in (("without replay", "live", "replay"), ("with replay", "replay", "live")):
-        measured = log["runs"][run]["measured"]
-        for row, way in (("k3_kl", own), ("k3_kl, same rollouts scored the other way", other)):
-            mean = sum(entry[f"{way}/k3_kl"] for entry in measured) / len(measured)
+    for run, values in log["runs"].items():
+        for row, way in zip(ROWS[4:6], ("live", "replay"), strict=True):
+            mean = sum(entry[f"{way}/k3_kl"] for entry in values["measured"]) / len(values["measured"])
             assert log["table"][row][run] == pytest.approx(mean)
 
 

@@ -14,6 +14,7 @@ from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
 from .checkpoints import whole_checkpoint
 from .construction import check_generation, check_setup, check_shards, config_from, recording_engine, warn_if_off
+from .deciding_mismatch import DecidingMismatch
 from .log import counted_tokens, raise_together
 from .rollout import Scoring, note_rows_that_matter
 from .session import ReplaySession
@@ -99,6 +100,7 @@ class ReplayLifecycle(AttachedTrainer):
         check_setup(config, kwargs.get("model", args[0] if args else None), routes, masks)
         with recording_engine(config, routes, masks):
             super().__init__(*args, **kwargs)
+        self._deciding = DecidingMismatch()
         if self.use_vllm:
             keep_base(self.vllm_generation)
         if not masks:
@@ -161,6 +163,7 @@ class ReplayLifecycle(AttachedTrainer):
         """`log` of TRL, with the shares that have come together."""
         if self._r3 is not None and not any(name.startswith("eval_") for name in logs):
             logs.update(self._r3.log.collect())  # type: ignore[arg-type]
+            self._deciding.look_at_log(logs, replays=self._r3.captures)
             if self._r3.loads is not None:
                 logs.update(self._r3.loads.collect())
         super().log(logs, start_time)

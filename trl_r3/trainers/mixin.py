@@ -73,7 +73,10 @@ class RoutingReplayMixin(ReplayLifecycle):
     def _generate_and_score_completions(self, inputs):
         r3 = self._r3
         if r3 is None or r3.evaluates:
-            return super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(inputs)
+            if r3 is None and self.model.training:
+                self._deciding.look_at_batch(batch)
+            return batch
         if r3.tracer is not None:
             r3.tracer.begin()
         own = super()._generate_and_score_completions

@@ -57,8 +57,8 @@ def _noisy(model: str, smoke: bool, output: Path, console: Console) -> None:
     settings = noisy_runs.SMOKE if smoke else noisy_runs.NoisySettings()
     console.print(
         f"A small mixture of experts learns to sort {noisy_runs.LENGTH} letters by GRPO, on the CPU: live and with "
-        f"replay, {settings.seeds} run{'s' * (settings.seeds > 1)} of {settings.steps} steps each. Its rollouts select "
-        "experts with noise; only `use_routing_replay` differs.",
+        f"replay, {settings.seeds} run{'s' * (settings.seeds > 1)} of {settings.steps} steps each. Its rollouts "
+        "select experts with noise; only `use_routing_replay` differs.",
         soft_wrap=True,
     )
     result = noisy_runs.run_noisy_demo(settings, output, console)
@@ -81,6 +81,7 @@ def _rounded(model: str, smoke: bool, output: Path, console: Console) -> None:
     console.print(results.rich_table(result))
     console.print(
         f"{result.parameters / 1e6:.1f} M parameters, {size.grpo_steps} steps a run, {result.seconds:.0f} s in all; "
-        f"mismatch: mean of every {size.measure_every} steps, taken before the update; one seed.",
+        f"mismatch: mean of every {size.measure_every} steps, taken before the update; one seed, "
+        f"so that rewards a few points apart say nothing. {results.what_steps_took(result)}",
         soft_wrap=True,
     )

@@ -19,6 +19,13 @@ from .low_precision import GAP
 from .run import RUNS, DemoResult, RunResult
 from .settings import DemoSettings
 
+_MISMATCH = {
+    "k3_kl": "k3 (how far training is from the rollout)",
+    "extreme_token_frac": "tokens more than twice as likely to one of the two",
+    "extreme_token_frac_1.1": "tokens more than 1.1 times as likely to one",
+}
+_WAYS = {"live": "scored live", "replay": "same rollouts with their experts"}
+
 
 def rows(result: DemoResult) -> list[tuple[str, dict[str, float]]]:
     """
@@ -31,26 +38,24 @@ def rows(result: DemoResult) -> list[tuple[str, dict[str, float]]]:
     def of_runs(value) -> dict[str, float]:
         return {name: value(name, run) for name, run in result.runs.items()}
 
-    def mean(key: str, other: bool = False) -> dict[str, float]:
-        return of_runs(
-            lambda name, run: statistics.fmean(
-                entry[f"{'replay' if RUNS[name] != other else 'live'}/{key}"] for entry in run.measured
-            )
-        )
+    def mean(key: str) -> dict[str, float]:
+        return of_runs(lambda name, run: statistics.fmean(entry[key] for entry in run.measured))
 
     return [
-        ("accuracy before", of_runs(lambda name, run: run.accuracy_before)),
-        ("accuracy after", of_runs(lambda name, run: run.accuracy_after)),
+        ("sums right, greedy, before", of_runs(lambda name, run: run.accuracy_before)),
+        ("sums right, greedy, after", of_runs(lambda name, run: run.accuracy_after)),
         ("reward, first tenth of the steps", of_runs(lambda name, run: _rewards(run)[0])),
         ("reward, last tenth of the steps", of_runs(lambda name, run: _rewards(run)[-1])),
-        ("k3_kl", mean("k3_kl")),
-        ("k3_kl, same rollouts scored the other way", mean("k3_kl", other=True)),
-        ("F(2)", mean("extreme_token_frac")),
-        ("F(1.1)", mean("extreme_token_frac_1.1")),
-        ("changed routers", mean("changed_router_frac")),
-        ("changed tokens", mean("changed_token_frac")),
-        ("processor seconds a step", of_runs(lambda name, run: run.seconds_per_step)),
+        *((f"{what}, {how}", mean(f"{way}/{key}")) for key, what in _MISMATCH.items() for way, how in _WAYS.items()),
+        ("routers where live routing chooses other experts", mean("live/changed_router_frac")),
+        ("tokens with such a router", mean("live/changed_token_frac")),
     ]
+
+
+def what_steps_took(result: DemoResult) -> str:
+    """Medians of the processor time of a step."""
+    each = [f"{run.seconds_per_step:.3f} s {name}" for name, run in result.runs.items()]
+    return f"Processor time of a step, median: {', '.join(each)}."
 
 
 def _rewards(run: RunResult) -> list[float]:
@@ -61,9 +66,7 @@ def _rewards(run: RunResult) -> list[float]:
 
 
 def _formatted(label: str, value: float) -> str:
-    if label.startswith("k3"):
-        return f"{value:.2e}"
-    return f"{value:.3f}" if label.startswith("processor") else f"{value:.2%}"
+    return f"{value:.2e}" if label.startswith("k3") else f"{value:.2%}"
 
 
 def rich_table(result: DemoResult) -> Table:
@@ -83,7 +86,7 @@ def write(result: DemoResult, model: str, settings: DemoSettings, output: Path) 
         f"| {label} | " + " | ".join(_formatted(label, values[run]) for run in result.runs) + " |"
         for label, values in rows(result)
     ]
-    (output / "table.md").write_text("\n".join([*lines, "", GAP, ""]))
+    (output / "table.md").write_text("\n".join([*lines, "", GAP, "", what_steps_took(result), ""]))
     log: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
@@ -108,8 +111,8 @@ def plot(result: DemoResult, path: Path) -> None:
         key = f"{'replay' if RUNS[name] else 'live'}/k3_kl"
         mismatch.plot(steps, [entry[key] for entry in run.measured], marker=".", label=name)
         reward.plot([entry["step"] for entry in run.log], _smooth(run), label=name)
-    mismatch.set(title="rollout against training", xlabel="step", ylabel="k3_kl", yscale="log")
-    reward.set(title="reward", xlabel="step", ylabel="share of right answers, running mean", ylim=(0, 1))
+    mismatch.set(title="k3: how far training is from the rollout", xlabel="step", yscale="log")
+    reward.set(title="reward: share of right sums, running mean", xlabel="step", ylim=(0, 1))
     for axes in (mismatch, reward):
         axes.legend()
         axes.grid(alpha=0.3)
