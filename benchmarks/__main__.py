@@ -1,4 +1,4 @@
-"""`python -m benchmarks [gating | scale | padding | vllm | files] [--smoke]`, from the root of a checkout."""
+"""`python -m benchmarks [gating | scale | padding | vllm | files | decides] [--smoke]`, from the root of a checkout."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vllm": _vllm,
         "padding": _padding,
         "files": _files,
+        "decides": _decides,
     }[part](args)
     return 0 if args.smoke and status == 1 else status  # no number of it is within a target, or outside
 
@@ -52,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     vllm = parts.add_parser("vllm", help="measure what the capture of routes costs the vLLM that is installed")
     padding = parts.add_parser("padding", help="measure what is saved where layers see real tokens only")
     parts.add_parser("files", help="print the files of the package in which a training step with replay runs")
-    for part in (gating, scale, vllm, padding):  # behind the name, too
+    decides = parts.add_parser("decides", help="train the case that replay decides, and what is below it: a CPU night")
+    decides.add_argument("--redraw", action="store_true", help="run nothing: redraw the page from the runs there are")
+    for part in (gating, scale, vllm, padding, decides):  # behind the name, too
         part.add_argument("--smoke", "--dry", default=argparse.SUPPRESS, **smoke)
     return parser
 
@@ -97,6 +100,13 @@ def _files(args: argparse.Namespace) -> int:
     from . import files
 
     files.run()
+    return 0
+
+
+def _decides(args: argparse.Namespace) -> int:
+    from .decides import run
+
+    run.main(args.smoke, args.redraw)
     return 0
 
 

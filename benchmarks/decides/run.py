@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cells import Cell, Sizes
+from .cells import Cell, Setting, Sizes
+from .grid import LOUD, runs
+from .report import redraw
 from .results import read
 
 FOLDER = Path(__file__).parent
@@ -46,3 +49,25 @@ def run_missing(results: Path, starts: Path, wanted: Iterable[tuple[Cell, int]],
             last = line["reward"][-3:]
             progress.console.print(f"{name}: reward {sum(last) / len(last):.2f}, {line['seconds']:.0f} s")
             progress.advance(task)
+
+
+def main(smoke: bool, only_redraw: bool) -> None:
+    """
+    Run what is missing of the study and redraw its page, or see that everything runs.
+
+    Args:
+        smoke (`bool`):
+            Whether to do a few steps live and with replay, and keep nothing.
+        only_redraw (`bool`):
+            Whether to run nothing.
+    """
+    results = FOLDER / "runs.jsonl"
+    if smoke:
+        few = Sizes(start_share=0.0, prompts=4, generations=4, average_over=2, measure_every=2, held_out=20)
+        with tempfile.TemporaryDirectory() as scratch:
+            cells = [(Cell(Setting(LOUD, steps=4), arm), 0) for arm in ("live", "R3")]
+            run_missing(Path(scratch) / "runs.jsonl", Path(scratch) / "starts", cells, few)
+        return
+    if not only_redraw:
+        run_missing(results, FOLDER / "starts", runs(), Sizes())
+    redraw(results)

@@ -53,8 +53,8 @@ class DecidingMismatch:
             return
         self._has_warned = True
         warnings.warn(
-            f"with live routing k3 between rollout and training is {mean:.3g} in the mean of {len(self._recent)} steps, "
-            f"above {DECIDING_K3:g}: from there on GRPO with live routing fell behind replay in our runs "
+            f"with live routing k3 between rollout and training is {mean:.3g} in the mean of {len(self._recent)} "
+            f"steps, above {DECIDING_K3:g}: from there on GRPO with live routing fell behind replay in our runs "
             "(docs/when_it_helps.md). "
             + ("Keep `use_routing_replay=True`." if replays else "Set `use_routing_replay=True` and mode 'R3'."),
             RuntimeWarning,
