@@ -29,11 +29,11 @@ from trl_r3.cli.demo.sorting import (
     share_sorted,
     sorting_config,
     sorting_tokenizer,
-    warm_up_sorting,
 )
 
 from .cells import ARMS, Arm, Cell, Setting, Sizes
 from .trainer import DecidingTrainer
+from .warm_up import warm_up_sorting
 
 AVERAGED = {"reward": "reward", "entropy": "entropy", "grad_norm": "grad_norm"}
 MEASURED = {
@@ -67,7 +67,7 @@ def start(setting: Setting, sizes: Sizes, seed: int, folder: Path) -> Any:
     if path.exists():
         model.load_state_dict(load_file(path))
         return model
-    warm_up_sorting(model, setting.length, sizes.start_share, seed, lambda: None)
+    warm_up_sorting(model, setting.length, sizes.start_share, seed)
     folder.mkdir(parents=True, exist_ok=True)
     own = path.with_suffix(f".{os.getpid()}")  # another process may want the same start
     save_file(model.state_dict(), own)

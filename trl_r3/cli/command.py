@@ -28,10 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--mismatch",
         choices=("noise", "bf16"),
         default="noise",
-        help="what rollouts differ in: noise in their choice of experts, which replay decides, or bfloat16, which it "
-        "does not (default: noise)",
+        help="how rollouts differ from training: noise in the choice of experts, so that live routing stalls, or "
+        "bfloat16, where both ways learn alike (default: noise)",
     )
-    demo.add_argument("--model", choices=("qwen3", "mixtral"), default="qwen3", help="of bf16 (default: qwen3)")
+    demo.add_argument(
+        "--model", choices=("qwen3", "mixtral"), default="qwen3", help="architecture, with bf16 (default: qwen3)"
+    )
     demo.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     demo.add_argument(
         "--output",

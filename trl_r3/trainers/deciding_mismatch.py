@@ -52,11 +52,11 @@ class DecidingMismatch:
         if len(self._recent) < _FEWEST or mean <= DECIDING_K3:
             return
         self._has_warned = True
+        remedy = "Keep `use_routing_replay=True`." if replays else "Set `use_routing_replay=True` and mode 'R3'."
         warnings.warn(
             f"with live routing k3 between rollout and training is {mean:.3g} in the mean of {len(self._recent)} "
             f"steps, above {DECIDING_K3:g}: from there on GRPO with live routing fell behind replay in our runs "
-            "(docs/when_it_helps.md). "
-            + ("Keep `use_routing_replay=True`." if replays else "Set `use_routing_replay=True` and mode 'R3'."),
+            f"(docs/when_it_helps.md). {remedy}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -56,7 +56,7 @@ class NoisySettings:
             Rows that are sorted greedily before and after.
     """
 
-    steps: int = 240
+    steps: int = 300
     seeds: int = 2
     prompts: int = 16
     generations: int = 8
