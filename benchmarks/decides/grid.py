@@ -22,10 +22,12 @@ def parts() -> Iterator[tuple[list[Cell], tuple[int, ...]]]:
     yield [Cell(Setting(name, steps=BRIEF), "live") for name in NUMERICS], one
     yield _both(Setting("noise 0.35")), one
     yield _both(DECIDED), SEEDS
-    yield [*_both(Setting("int4")), *_both(Setting("noise 0.2"))], one
-    yield [Cell(DECIDED, "live+weights"), Cell(DECIDED, "live+mask"), *_both(Setting(LOUD, top_k=1))], one
-    yield [Cell(EXACT, "live")], few
-    yield [*_both(Setting("noise 0.5")), *_both(Setting("fp8")), *_both(Setting("noise 0.35"))], SEEDS[:2]
+    yield [Cell(DECIDED, "live+weights"), Cell(DECIDED, "live+mask")], one
+    yield [*_both(Setting("noise 0.5")), *_both(Setting(LOUD, top_k=1))], one
+    yield [*_both(Setting("int4")), Cell(EXACT, "live")], one
+    yield _both(Setting("noise 0.5")), SEEDS[:2]
+    yield [*_both(Setting("noise 0.35")), Cell(EXACT, "live")], few
+    yield [*_both(Setting("noise 0.2")), *_both(Setting("fp8"))], one
     yield [Cell(DECIDED, arm) for arm in ("live+weights", "live+mask", "R3+weights", "frozen")], few
     yield _both(Setting(LOUD, top_k=1)), few
     yield [*_both(Setting(LOUD, updates=4)), Cell(Setting(LOUD, updates=4), "R2")], SEEDS[:2]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from .cells import Cell, Setting
-from .grid import DECIDED
+from .grid import BRIEF, DECIDED, NUMERICS
 from .results import Cells, Line, by_cell, differences, judged, mean_of, reward_at_end
 
 _FIRST, _LAST = slice(0, 3), slice(-3, None)  # of what was measured
@@ -24,7 +24,7 @@ NAMES = {
 def blocks(lines: Sequence[Line]) -> dict[str, str]:
     """What stands between the marks of the page, by name."""
     cells = by_cell(lines)
-    return {"numbers": numbers(cells, lines), "arms": arms(cells), "ladder": ladder(cells)}
+    return {"numbers": numbers(cells, lines), "arms": arms(cells), "ladder": ladder(cells), "rollouts": rollouts(cells)}
 
 
 def numbers(cells: Cells, lines: Sequence[Line]) -> str:
@@ -82,6 +82,19 @@ def ladder(cells: Cells) -> str:
             f"{mean_of(first, 'changed_routers', slice(None)):.0%} | {_reward(first)} | {_reward(second)} | "
             f"{_shown(differences(setting, 'R3', cells))} |"
         )
+    return "\n".join(rows) + "\n"
+
+
+def rollouts(cells: Cells) -> str:
+    """How far each kind of rollout is from training, with its experts and without."""
+    rows = ["| rollout | k3 live | k3 with its experts | F(2) live | changed routers |", "|---|---|---|---|---|"]
+    for name in NUMERICS:
+        lines = list(cells.get(Cell(Setting(name, steps=BRIEF), "live"), {}).values())
+        if lines:
+            live, replayed, extreme, changed = (
+                mean_of(lines, each, slice(None)) for each in ("k3_live", "k3_replay", "F2_live", "changed_routers")
+            )
+            rows.append(f"| {name} | {live:.1g} | {replayed:.1g} | {extreme:.1%} | {changed:.1%} |")
     return "\n".join(rows) + "\n"
 
 

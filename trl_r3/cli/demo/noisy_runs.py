@@ -20,6 +20,7 @@ from datasets import Dataset, disable_progress_bars
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from ..._compat import without_checkpointing
 from ...trainers.grpo import R3GRPOConfig
@@ -172,6 +173,7 @@ def _in_own_process(way: str, settings: NoisySettings, output: Path, counter: An
 
 def _train_all(way: str, settings: NoisySettings, output: Path, on_step: Callable[[], None]) -> list[NoisyRun]:
     disable_progress_bars()
+    disable_progress_bar()  # ours is one for each way
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names that TRL still uses, and that live routing replays nothing
         return [_train(way == REPLAY, seed, settings, output, on_step) for seed in range(settings.seeds)]
