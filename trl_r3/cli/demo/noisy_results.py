@@ -42,8 +42,8 @@ def noisy_rows(result: NoisyResult) -> list[tuple[str, dict[str, float], str]]:
 
     first, last = slice(0, 1), slice(-3, None)
     return [
-        ("reward, first tenth of the steps", mean(lambda way, run: _tenth(run, first=True)), ".2f"),
-        ("reward, last tenth of the steps", mean(lambda way, run: _tenth(run, first=False)), ".2f"),
+        ("reward, first rollout (the same)", mean(lambda way, run: run.log[0]["reward"]), ".2f"),
+        ("reward, last tenth of the steps", mean(lambda way, run: _last_tenth(run)), ".2f"),
         ("rows sorted right without noise, before", mean(lambda way, run: run.sorted_before), ".0%"),
         ("rows sorted right without noise, after", mean(lambda way, run: run.sorted_after), ".0%"),
         ("k3 (how far training is from the rollout), at first", mismatch("k3_kl", first), ".2f"),
@@ -60,10 +60,9 @@ def _side(way: str) -> str:
     return "replay" if way == REPLAY else "live"
 
 
-def _tenth(run: NoisyRun, first: bool) -> float:
+def _last_tenth(run: NoisyRun) -> float:
     rewards = [entry["reward"] for entry in run.log]
-    size = max(1, len(rewards) // 10)
-    return fmean(rewards[:size] if first else rewards[-size:])
+    return fmean(rewards[-max(1, len(rewards) // 10) :])
 
 
 def how_large(result: NoisyResult, settings: NoisySettings) -> str:

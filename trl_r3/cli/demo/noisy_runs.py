@@ -57,13 +57,13 @@ class NoisySettings:
             Rows that are sorted greedily before and after.
     """
 
-    steps: int = 300
+    steps: int = 260
     seeds: int = 2
     prompts: int = 16
     generations: int = 8
     learning_rate: float = 5e-4
     noise: float = 0.7
-    measure_every: int = 10
+    measure_every: int = 20
     held_out: int = 500
 
 
