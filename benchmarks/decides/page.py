@@ -24,7 +24,8 @@ NAMES = {
 def blocks(lines: Sequence[Line]) -> dict[str, str]:
     """What stands between the marks of the page, by name."""
     cells = by_cell(lines)
-    return {"numbers": numbers(cells, lines), "arms": arms(cells), "ladder": ladder(cells), "rollouts": rollouts(cells)}
+    each = {"arms": arms, "ladder": ladder, "rollouts": rollouts}
+    return {"numbers": numbers(cells, lines), **{name: made(cells) for name, made in each.items()}}
 
 
 def numbers(cells: Cells, lines: Sequence[Line]) -> str:

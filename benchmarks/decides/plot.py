@@ -14,9 +14,9 @@ from .grid import DECIDED
 from .results import Cells, Line
 
 CURVES = (
+    (Cell(Setting("exact"), "live"), "no noise, live routing", "tab:gray"),
     (Cell(DECIDED, "live"), "live routing", "tab:red"),
     (Cell(DECIDED, "R3"), "replay", "tab:blue"),
-    (Cell(Setting("exact"), "live"), "no noise, live routing", "tab:gray"),
 )
 
 
@@ -47,7 +47,8 @@ def plot(cells: Cells, path: Path) -> None:
     mismatch.set(title="k3: how far training is from the rollout", xlabel="step")
     for axes in (reward, mismatch):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left")
+    reward.legend(loc="lower right")
+    mismatch.legend(loc="upper left")
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
