@@ -41,6 +41,8 @@ def numbers(cells: Cells, lines: Sequence[Line]) -> str:
         f"{max(value for line in replayed for value in line['k3_replay']):.0e}.",
         f"Entropy at the end: {mean_of(live, 'entropy', _LAST):.3f} live, {mean_of(replayed, 'entropy', _LAST):.3f} "
         f"with replay, {mean_of(exact, 'entropy', _LAST):.3f} without noise.",
+        f"Rows sorted right when decoded greedily, without noise: {_mean(live + replayed, 'before')} before; after, "
+        f"{_mean(live, 'after')} live, {_mean(replayed, 'after')} with replay, {_mean(exact, 'after')} without noise.",
         f"{len(lines)} runs, {hours:.1f} core hours.",
     ]
     return "".join(f"* {fact}\n" for fact in facts)
@@ -120,6 +122,10 @@ def label(setting: Setting) -> str:
     parts += [f"learning rate {setting.learning_rate:g}"] if setting.learning_rate != DECIDED.learning_rate else []
     parts += [f"{setting.steps} steps"] if setting.steps != DECIDED.steps else []
     return ", ".join(parts)
+
+
+def _mean(lines: Sequence[Line], name: str) -> str:
+    return f"{fmean(line[name] for line in lines):.2f}"
 
 
 def _reward(lines: Sequence[Line]) -> str:
