@@ -1,4 +1,4 @@
-"""`python -m benchmarks [gating | scale | padding | vllm | files | decides] [--smoke]`, from the root of a checkout."""
+"""`python -m benchmarks [gating | scale | padding | vllm | files | decides] [--smoke]`, from the root."""
 
 from __future__ import annotations
 

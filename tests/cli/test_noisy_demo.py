@@ -45,8 +45,9 @@ def test_what_the_demo_suggests_shows_something(demo, capsys):
     assert len(traces) > 1
     assert cli.main(["verify", str(folder / "start"), "--trace", str(traces[0])]) == 0
     assert "bit for bit" in capsys.readouterr().out
-    assert cli.main(["report", str(folder)]) == 0
-    assert "Not drawn" not in capsys.readouterr().out
+    assert cli.main(["report", str(folder)]) == 1  # noise in the rollout is not healthy, and the report says so
+    said = capsys.readouterr().out
+    assert "changed_router_frac" in said and "Not drawn" not in said
 
 
 def test_a_model_of_the_other_demo_is_refused(capsys, tmp_path):

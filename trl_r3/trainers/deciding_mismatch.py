@@ -6,10 +6,10 @@ Legend: B batch, C completion tokens.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from typing import Any
 
+from .._compat import warn
 from ..records.metrics import k3_kl
 from .log import counted_tokens
 
@@ -53,10 +53,8 @@ class DecidingMismatch:
             return
         self._has_warned = True
         remedy = "Keep `use_routing_replay=True`." if replays else "Set `use_routing_replay=True` and mode 'R3'."
-        warnings.warn(
+        warn(
             f"with live routing k3 between rollout and training is {mean:.3g} in the mean of {len(self._recent)} "
             f"steps, above {DECIDING_K3:g}: from there on GRPO with live routing fell behind replay in our runs "
-            f"(docs/when_it_helps.md). {remedy}",
-            RuntimeWarning,
-            stacklevel=3,
+            f"(docs/when_it_helps.md). {remedy}"
         )

@@ -91,6 +91,7 @@ class ReplayLifecycle(AttachedTrainer):
     in memory, or in files, until so many batches have been rolled out after them."""
 
     _r3: ReplaySession | None = None
+    _deciding: DecidingMismatch | None = None
 
     def __init__(self, *args, **kwargs):
         self._check_parent()
@@ -163,7 +164,8 @@ class ReplayLifecycle(AttachedTrainer):
         """`log` of TRL, with the shares that have come together."""
         if self._r3 is not None and not any(name.startswith("eval_") for name in logs):
             logs.update(self._r3.log.collect())  # type: ignore[arg-type]
-            self._deciding.look_at_log(logs, replays=self._r3.captures)
+            if self._deciding is not None:
+                self._deciding.look_at_log(logs, replays=self._r3.captures)
             if self._r3.loads is not None:
                 logs.update(self._r3.loads.collect())
         super().log(logs, start_time)

@@ -74,7 +74,7 @@ class RoutingReplayMixin(ReplayLifecycle):
         r3 = self._r3
         if r3 is None or r3.evaluates:
             batch = super()._generate_and_score_completions(inputs)
-            if r3 is None and self.model.training:
+            if self._deciding is not None and r3 is None and self.model.training:
                 self._deciding.look_at_batch(batch)
             return batch
         if r3.tracer is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def run_noisy_demo(settings: NoisySettings, output: Path, console: Any) -> Noisy
         tasks = {way: progress.add_task(way, total=settings.steps * settings.seeds) for way in (LIVE, REPLAY)}
         if settings.seeds == 1 or (os.cpu_count() or 1) == 1:
             for way, task in tasks.items():
-                result.runs[way] = _train_all(way, settings, output, lambda task=task: progress.advance(task))
+                result.runs[way] = _train_all(way, settings, output, partial(progress.advance, task))
         else:
             result.runs = _beside_each_other(settings, output, progress, tasks)
     result.seconds = time.perf_counter() - begin

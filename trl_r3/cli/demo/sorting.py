@@ -31,7 +31,6 @@ def sorting_config(top_k: int = 2) -> Qwen3MoeConfig:
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=24,
         moe_intermediate_size=64,
         num_experts=8,
         num_experts_per_tok=top_k,
