@@ -1,6 +1,7 @@
 """In how many files of the package a training step with replay runs: what somebody has to read who wants to follow it.
 
-One step rolls out with `generate`, one takes the answer of a colocated vLLM, which is told by arithmetic here.
+One step rolls out with `generate`, one takes the answer of a colocated vLLM, which is told by arithmetic here. Options
+are off: the alarm, and skipping padding.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def files_of_a_step(by_vllm: bool) -> set[str]:
         trainer = R3GRPOTrainer(
             model=AutoModelForCausalLM.from_config(config),
             args=R3GRPOConfig(
-                folder, use_routing_replay=True, routing_replay_alarm="off", use_cpu=True, bf16=False, max_steps=1,
+                folder, use_routing_replay=True, routing_replay_alarm="off",
+                routing_replay_padding="keep", use_cpu=True, bf16=False, max_steps=1,
                 logging_steps=1, per_device_train_batch_size=4, num_generations=2, max_completion_length=6,
                 save_strategy="no", report_to=[], disable_tqdm=True,
             ),

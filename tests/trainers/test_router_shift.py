@@ -148,7 +148,7 @@ def test_rows_without_a_record_weigh_1(seen):
     samples, _, new, width, _ = seen.updates[2]
     sample = samples[0]
     layout = seen.routing_replay.layout
-    shift = RouterShift(layout, seen.args)
+    shift = RouterShift(layout)
     rows = torch.stack([new[0, width - 1 + c].topk(2).values.log() for c in range(sample.completion_length)])
     assert (shift._log_weights(sample, rows) < 0).any()
     sample.record = torch.full_like(sample.record, layout.missing)

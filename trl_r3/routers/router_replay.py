@@ -17,14 +17,23 @@ from torch import Tensor, nn
 from .._compat import in_backward, is_compiled
 from ..records.metrics import ReplayStats
 from ..records.record import missing_rows
-from ..records.sources import RecordSource, WholeBatch, take_record
+from ..records.sources import RecordSource, WholeBatch
 from .attachable import attachable, refuse_compiled
 from .discovery import find_routers
 from .gated import GatedRouter
 from .packing import PackedBatch
 from .padding import Padding, check_padding
 from .passes import LivePass, RecordedRoutes, RecordingPass, ReplayingPass, TrainingGuard, WhichAreReal
-from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch
+from .patches import (
+    ActivePass,
+    CurrentModules,
+    Pass,
+    Patch,
+    attended_tokens,
+    bound_checkpoints,
+    get_batch,
+    take_record,
+)
 from .trimming import TrimmedBatch
 
 GATINGS = ("auto", "intercept", "op")

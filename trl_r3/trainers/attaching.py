@@ -81,7 +81,7 @@ class Attachment:
         if padding is not None and self.trainer.accelerator.is_main_process:
             padding.say()
         self.alarm = Alarm(self.replay.layout, self.trainer.args.routing_replay_alarm, judges)
-        self.shift = RouterShift(self.replay.layout, self.trainer.args)
+        self.shift = RouterShift(self.replay.layout) if shifts(self.trainer.args) else None
 
     def detach(self) -> None:
         """Give the policy back as it was."""

@@ -164,7 +164,7 @@ class ReplayLifecycle(AttachedTrainer):
         """`log` of TRL, with the shares that have come together."""
         if self._r3 is not None and not any(name.startswith("eval_") for name in logs):
             logs.update(self._r3.log.collect())  # type: ignore[arg-type]
-            if self._deciding is not None:
+            if self._deciding is not None and ("sampling/live/k3_kl" in logs or not self._r3.captures):
                 self._deciding.look_at_log(logs, replays=self._r3.captures)
             if self._r3.loads is not None:
                 logs.update(self._r3.loads.collect())

@@ -40,16 +40,14 @@ class RouterShift:
     Args:
         layout ([`RoutingLayout`]):
             Layers and experts of the model.
-        args ([`RoutingReplayConfigMixin`]):
-            The config, which turns it on or not.
     """
 
-    def __init__(self, layout: RoutingLayout, args: Any):
-        self.layout, self.is_on = layout, shifts(args)
+    def __init__(self, layout: RoutingLayout):
+        self.layout = layout
 
     def ask(self, stats: ReplayStats, scoring: Scoring) -> None:
         """Let a pass that replays tell the scores, where it is an old policy's or has one."""
-        if self.is_on and (scoring.has_old_policy or not scoring.is_update):
+        if scoring.has_old_policy or not scoring.is_update:
             stats.log_scores = []
 
     def see(self, stats: ReplayStats, scoring: Scoring, prompt_width: int, log: ReplayLog) -> None:

@@ -186,7 +186,7 @@ class ReplaySession:
             return score()
         mask = attention_mask if replays and self.attachment.replay.padding is not None else None
         checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep, mask)
-        if not scoring.is_update and not scoring.goes_live:  # the loss is not known yet, what TRL cuts out is
+        if not (scoring.is_update or scoring.goes_live):  # the loss is not known yet, what TRL cuts out is
             note_rows_that_matter(scoring.samples, attention_mask[:, checked.prompt_width :])
         head: AbstractContextManager = nullcontext()
         if self.masks:
@@ -227,22 +227,23 @@ class ReplaySession:
 
     def _route(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scored]) -> Scored:
         """A pass of the policy: through the recorded experts, or R2's, whose updates replay its own."""
-        runs = self._replay if self.captures or scoring.is_update else self._record
-        return runs(scoring, checked, score)
+        return (self._replay if self.captures or scoring.is_update else self._record)(scoring, checked, score)
 
     def _replay(self, scoring: Scoring, checked: CheckedTokens, score: Callable[[], Scored]) -> Scored:
         replay, alarm, shift = self.attachment.replay, self.attachment.alarm, self.attachment.shift
-        assert alarm is not None and shift is not None  # attached
+        assert alarm is not None  # attached
         judged = self.captures and scoring.has_old_policy
         at_rollout = not scoring.is_update or (self._is_fresh(scoring.samples) and not judged)
         observes = at_rollout or (self.loads is not None and self.loads.follows)
         batch = ScoredBatch(scoring.samples, checked.prompt_width, replay.layout, observes, checked)
         source = batch if self.tracer is None else self.tracer.source(batch, scoring)
         with replay.replay_from(source) as stats:
-            shift.ask(stats, scoring)
+            if shift is not None:
+                shift.ask(stats, scoring)
             result = score()
         batch.check_done()
-        shift.see(stats, scoring, checked.prompt_width, self.log)
+        if shift is not None:
+            shift.see(stats, scoring, checked.prompt_width, self.log)
         if scoring.is_update:
             self.log.add_replay(stats, batch)
             if self.loads is not None:
