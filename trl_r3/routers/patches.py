@@ -191,7 +191,7 @@ def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | Non
     return None
 
 
-def take_record(
+def take_rows(
     source: RecordSource, position_ids: Any, batch_size: int, num_tokens: int, tokens: Tensor | None
 ) -> Tensor:
     """Packed ids of shape `(B, T, L, K)` for a forward with these position ids, padded or packed."""

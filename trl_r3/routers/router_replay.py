@@ -24,16 +24,7 @@ from .gated import GatedRouter
 from .packing import PackedBatch
 from .padding import Padding, check_padding
 from .passes import LivePass, RecordedRoutes, RecordingPass, ReplayingPass, TrainingGuard, WhichAreReal
-from .patches import (
-    ActivePass,
-    CurrentModules,
-    Pass,
-    Patch,
-    attended_tokens,
-    bound_checkpoints,
-    get_batch,
-    take_record,
-)
+from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch, take_rows
 from .trimming import TrimmedBatch
 
 GATINGS = ("auto", "intercept", "op")
@@ -280,7 +271,7 @@ class RouterReplay:
     def _replay_stack(self, source: RecordSource, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
-        record_NLK = take_record(source, kwargs.get("position_ids"), batch_size, num_tokens, tokens).flatten(0, 1)
+        record_NLK = take_rows(source, kwargs.get("position_ids"), batch_size, num_tokens, tokens).flatten(0, 1)
         skips = None if self.padding is None else self.padding.rows(source, main, args, kwargs)
         mask, observed_M = kwargs.get("attention_mask"), source.observed
         attended_N = attended_tokens(mask, batch_size, num_tokens)
