@@ -159,9 +159,7 @@ def pipeline_size(model: nn.Module) -> int:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """
-    Whether `torch.compile` runs this module without its Python forward. Goes when PyTorch has a public way to ask.
-    """
+    """Whether `torch.compile` runs a module without its Python forward. Goes when PyTorch has a public way to ask."""
     return isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None
 
 
@@ -227,11 +225,7 @@ def extra_fields(generated: tuple) -> dict[str, Any]:
 
 
 def attention_of(stack: nn.Module) -> str | None:
-    """
-    Which attention a model of Transformers runs, by its name in their registry.
-
-    Goes when Transformers has a public way to ask.
-    """
+    """The name of the attention that a Transformers model runs. Goes when Transformers has a public way to ask."""
     return getattr(getattr(stack, "config", None), "_attn_implementation", None)
 
 
@@ -246,11 +240,7 @@ def rope_by_length(stack: nn.Module) -> str | None:
 
 
 def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:
-    """
-    The micro-batches that the updates on the last rollout of a trainer of TRL take in turn.
-
-    Goes when TRL says publicly which samples it trains on.
-    """
+    """The micro-batches of TRL's last rollout, as updates take them. Goes when TRL says which samples it trains on."""
     return trainer._buffered_inputs or []
 
 
