@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from benchmarks.decides.cells import Cell, Setting, Sizes
 from benchmarks.decides.grid import DECIDED, LOUD, SEEDS, runs
 from benchmarks.decides.numerics import ROUNDED, rollout_numerics
-from benchmarks.decides.page import blocks
+from benchmarks.decides.page import blocks, by_mismatch, live_k3
 from benchmarks.decides.report import PAGE
 from benchmarks.decides.results import by_cell, differences, judged, mean_of, read
 from benchmarks.decides.run import FOLDER
@@ -43,6 +43,18 @@ def test_replay_decides_the_case_that_is_called_decided():
     live = CELLS[Cell(DECIDED, "live")].values()
     assert all(max(line["k3_replay"]) < 1e-6 for line in CELLS[Cell(DECIDED, "R3")].values())
     assert mean_of(live, "k3_live", slice(-3, None)) > 2 * mean_of(live, "k3_live", slice(0, 3)) > 2 * DECIDING_K3
+
+
+def test_the_boundary_is_where_the_log_warns():
+    gains, rest = {}, {}
+    for setting in by_mismatch(CELLS):
+        k3 = live_k3(setting, CELLS)
+        left = mean_of(CELLS[Cell(setting, "live")].values(), "k3_replay", slice(0, 3))
+        (gains if left < k3 / 10 else rest)[k3] = differences(setting, "R3", CELLS)
+    above = {k3: each for k3, each in gains.items() if k3 > DECIDING_K3}
+    assert len(above) > 2 and all(min(each) > 0.05 for each in above.values())
+    assert all(max(map(abs, each)) < 0.05 for k3, each in gains.items() if k3 <= DECIDING_K3 / 2)
+    assert all(max(each) < 0.05 for each in rest.values())  # what is left with replay is not routing
 
 
 @pytest.mark.parametrize("name", ["noise 0.7", "bf16", *ROUNDED])

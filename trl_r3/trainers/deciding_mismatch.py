@@ -13,7 +13,7 @@ from .._compat import warn
 from ..records.metrics import k3_kl
 from .log import counted_tokens
 
-DECIDING_K3 = 0.1
+DECIDING_K3 = 0.05
 """From here on live routing fell behind replay in `benchmarks/decides`; docs/when_it_helps.md has the runs."""
 
 _FEWEST, _MOST = 3, 10  # values that are judged together: a single batch scatters

@@ -21,8 +21,8 @@ from .noisy_runs import REPLAY, NoisyResult, NoisyRun, NoisySettings
 HOW_LARGE = (
     "This mismatch is made, and large: noise of {noise:g} standard deviations on the router logits of the rollout, "
     "which changes {changed:.0%} of its expert selections and gives a k3 of {k3:.2f} before the first update. Real "
-    "engines give 0.001 to 0.01 in bfloat16 and fp8, a hundred times less, and there no gain was found: "
-    "docs/when_it_helps.md says where gains begin."
+    "engines give 0.001 to 0.01 in bfloat16 and fp8, where no gain was found; gains began at about 0.05 "
+    "(docs/when_it_helps.md)."
 )
 
 
