@@ -22,6 +22,7 @@ FIELDS = {
     "routing_replay_trace_every": 1,
     "use_sampling_mask_replay": False,
     "routing_replay_spill_dir": None,
+    "routing_replay_shift_weight": False,
 }
 
 
@@ -42,7 +43,7 @@ def test_fields_are_read_from_the_command_line(tmp_path):
     line += " --use_sampling_mask_replay true"
     line += f" --routing_replay_spill_dir {tmp_path} --routing_replay_trace_dir {tmp_path}"
     (config,) = HfArgumentParser(R3GRPOConfig).parse_args_into_dataclasses(line.split())
-    expected = [True, "R2", 0.25, 3, 4, "intercept", "keep", "warn", str(tmp_path), 1, True, str(tmp_path)]
+    expected = [True, "R2", 0.25, 3, 4, "intercept", "keep", "warn", str(tmp_path), 1, True, str(tmp_path), False]
     assert [getattr(config, name) for name in FIELDS] == expected
 
 
