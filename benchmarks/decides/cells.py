@@ -20,12 +20,15 @@ class Arm:
             TRL's `vllm_importance_sampling_mode`; none by default.
         clip_max (`float`, *optional*, defaults to `3.0`):
             TRL's `vllm_importance_sampling_clip_max`.
+        shifts (`bool`, *optional*, defaults to `False`):
+            Whether `routing_replay_shift_weight` acts.
     """
 
     mode: str | None = None
     freezes_routers: bool = False
     correction: str | None = None
     clip_max: float = 3.0
+    shifts: bool = False
     floor: float = 0.0  # no filter on records here
 
     @property
@@ -42,6 +45,7 @@ ARMS = {
     "live+weights": Arm(correction="token_truncate", clip_max=2.0),
     "live+mask": Arm(correction="sequence_mask"),  # TRL's default
     "R3+weights": Arm("R3", correction="token_truncate", clip_max=2.0),
+    "R3+shift": Arm("R3", shifts=True),
 }
 
 

@@ -10,6 +10,7 @@ SEEDS = (0, 1, 2, 3, 4)
 LOUD = "noise 0.7"
 DECIDED = Setting(LOUD)
 EXACT = Setting("exact")
+REUSED = Setting(LOUD, updates=4)
 BRIEF = 20  # steps after which the mismatch of a rollout is known, and nothing of what it does
 NUMERICS = ("noise 0.5", "noise 0.35", "noise 0.2", "noise 0.1", "noise 0.05", "int4", "fp8", "int8", "bf16")
 
@@ -32,7 +33,8 @@ def parts() -> Iterator[tuple[list[Cell], tuple[int, ...]]]:
     yield [*_both(Setting("noise 0.2")), *_both(Setting("fp8"))], one
     yield [Cell(DECIDED, arm) for arm in ("live+weights", "live+mask", "R3+weights", "frozen")], few
     yield _both(Setting(LOUD, top_k=1)), few
-    yield [*_both(Setting(LOUD, updates=4)), Cell(Setting(LOUD, updates=4), "R2")], SEEDS[:2]
+    yield [*_both(REUSED), Cell(REUSED, "R3+shift")], one
+    yield [*_both(REUSED), Cell(REUSED, "R3+shift"), Cell(REUSED, "R2")], SEEDS[:2]
     yield [cell for length in (4, 20) for cell in _both(Setting(LOUD, length=length))], SEEDS[:2]
     yield [cell for name in ("int8", "bf16", "noise 0.1", "noise 0.05") for cell in _both(Setting(name))], SEEDS[:2]
     yield _both(Setting(LOUD, learning_rate=1e-3)), SEEDS[:2]

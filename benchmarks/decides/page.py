@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from .cells import Cell, Setting
-from .grid import BRIEF, DECIDED, NUMERICS
+from .grid import BRIEF, DECIDED, EXACT, NUMERICS, REUSED
 from .results import Cells, Line, by_cell, differences, judged, mean_of, reward_at_end
 
 _FIRST, _LAST = slice(0, 3), slice(-3, None)  # of what was measured
@@ -18,6 +18,7 @@ NAMES = {
     "live+weights": "live, importance weights truncated at 2",
     "live+mask": "live, sequences with a ratio above 3 masked (TRL's default)",
     "R3+weights": "replay, importance weights truncated at 2",
+    "R3+shift": "replay, ratios weighed by router shift (RSPO)",
 }
 
 
@@ -31,7 +32,7 @@ def blocks(lines: Sequence[Line]) -> dict[str, str]:
 def numbers(cells: Cells, lines: Sequence[Line]) -> str:
     """The decided case, and what all runs took."""
     live, replayed = (list(cells[Cell(DECIDED, arm)].values()) for arm in ("live", "R3"))
-    exact = list(cells[Cell(Setting("exact"), "live")].values())
+    exact = list(cells[Cell(EXACT, "live")].values())
     hours = sum(line["seconds"] for line in lines) / 3600
     facts = [
         f"Reward of the last fifty steps: {_reward(live)} live, {_reward(replayed)} with replay, "
@@ -49,22 +50,19 @@ def numbers(cells: Cells, lines: Sequence[Line]) -> str:
 
 
 def arms(cells: Cells) -> str:
-    """The decided setting with one expert a token and with two, arm by arm."""
-    rows = ["| experts a token | arm | seeds | reward at the end | to live | k3 at the end | entropy at the end |"]
+    """The decided setting, without noise, with one expert a token and with four updates a rollout, arm by arm."""
+    rows = ["| setting | arm | seeds | reward at the end | to live | k3 at the end | entropy at the end |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for top_k in (2, 1):
-        for rollout in (DECIDED.rollout, "exact"):
-            setting = Setting(rollout, top_k=top_k)
-            for arm, name in NAMES.items():
-                lines = list(cells.get(Cell(setting, arm), {}).values())
-                if lines:
-                    way = "k3_replay" if arm.startswith("R3") else "k3_live"
-                    noisy = "" if rollout == DECIDED.rollout else ", no noise"
-                    rows.append(
-                        f"| {top_k} | {name}{noisy} | {len(lines)} | {_reward(lines)} | "
-                        f"{'' if arm == 'live' else _shown(differences(setting, arm, cells))} | "
-                        f"{mean_of(lines, way, _LAST):.2f} | {mean_of(lines, 'entropy', _LAST):.3f} |"
-                    )
+    for setting in (DECIDED, EXACT, Setting(DECIDED.rollout, top_k=1), REUSED):
+        for arm, name in NAMES.items():
+            lines = list(cells.get(Cell(setting, arm), {}).values())
+            if lines:
+                way = "k3_replay" if arm.startswith("R3") else "k3_live"
+                rows.append(
+                    f"| {label(setting)} | {name} | {len(lines)} | {_reward(lines)} | "
+                    f"{'' if arm == 'live' else _shown(differences(setting, arm, cells))} | "
+                    f"{mean_of(lines, way, _LAST):.2f} | {mean_of(lines, 'entropy', _LAST):.3f} |"
+                )
     return "\n".join(rows) + "\n"
 
 

@@ -86,6 +86,7 @@ OF_ANOTHER_TYPE = {
     "routing_replay_trace_every": (None, "2", False),
     "use_sampling_mask_replay": (None, "false", 1),
     "routing_replay_spill_dir": (3, True),
+    "routing_replay_shift_weight": (None, "false", 1),
 }
 
 
