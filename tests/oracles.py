@@ -51,6 +51,17 @@ def give_forward(module: nn.Module, forward: Callable) -> None:
     module.__class__ = type(type(module).__name__, (type(module),), members)
 
 
+def bend_gate(monkeypatch, router_class: type) -> None:
+    """Put the weights of a class of routers off by a factor that no argument of a gate explains."""
+    own = router_class.forward
+
+    def forward(self, hidden_states):
+        logits, weights, ids = own(self, hidden_states)
+        return logits, weights * 1.01, ids
+
+    monkeypatch.setattr(router_class, "forward", forward)
+
+
 def as_sets(ids: Tensor) -> Tensor:
     """The order of the ids of a row says nothing."""
     return ids.long().sort(-1).values

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_zoo import MOE_MODEL_TYPES, build_tiny
+from oracles import bend_gate
 from routers.blocks import batch
 from supported_models import listed_types
 
@@ -132,14 +133,7 @@ def test_missing_rows_route_live():
 def test_a_gate_that_is_off_is_not_replaced(monkeypatch):
     """A router whose weights are off by a factor that no argument explains keeps its own code."""
     model = build_tiny("mixtral")
-    router_class = type(model.model.layers[0].mlp.gate)
-    own = router_class.forward
-
-    def forward(self, hidden_states):
-        logits, weights, ids = own(self, hidden_states)
-        return logits, weights * 1.01, ids
-
-    monkeypatch.setattr(router_class, "forward", forward)
+    bend_gate(monkeypatch, type(model.model.layers[0].mlp.gate))
     with pytest.raises(UnsupportedRouterError, match="does not cover"):
         RouterReplay(model, gating="op")
     replay = RouterReplay(model)

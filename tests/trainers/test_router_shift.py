@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_zoo import build_tiny
+from oracles import bend_gate
 
 from trl_r3 import R3GMPOTrainer, R3GRPOTrainer, UnsupportedRouterError
 
@@ -161,14 +162,7 @@ def test_scores_are_given_back(seen):
 
 def test_a_gate_that_the_op_does_not_cover_is_refused(build, monkeypatch):
     mixtral = build_tiny("mixtral")
-    router_class = type(mixtral.model.layers[0].mlp.gate)
-    own = router_class.forward
-
-    def forward(self, hidden_states):
-        logits, weights, ids = own(self, hidden_states)
-        return logits, weights * 1.01, ids
-
-    monkeypatch.setattr(router_class, "forward", forward)
+    bend_gate(monkeypatch, type(mixtral.model.layers[0].mlp.gate))
     build(mixtral, num_iterations=2)
     with pytest.raises(UnsupportedRouterError, match="does not cover its gate.*and no `routing_replay_shift_weight`"):
         build(mixtral, routing_replay_shift_weight=True, num_iterations=2)

@@ -76,8 +76,10 @@ class Padding:
     @property
     def used(self) -> str:
         """What skipped padding in the last pass, or will in the first, as a trace names it."""
-        if self.kept_by is not None or self.mode == "all" or not self._trims:
-            return "none" if self.kept_by is not None else self.mode
+        if self.kept_by is not None:
+            return "none"
+        if self.mode == "all" or not self._trims:
+            return self.mode
         return "columns" if self.mode == "none" else f"{self.mode}, columns"
 
     def try_skipping(self, model: nn.Module, replay: RouterReplay) -> None:

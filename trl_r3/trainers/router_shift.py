@@ -5,6 +5,7 @@ Legend: B batch, T tokens of a padded sequence (P prompt + C completion), L MoE 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -97,4 +98,4 @@ class RouterShift:
         moved_C = (log_scores_CLK - sample.log_scores.to(log_scores_CLK.device)).abs().mean((1, 2))
         first = sample.prompt_length - 1
         missing_C = missing_rows(sample.record[first : first + len(moved_C)], self.layout)
-        return -moved_C.masked_fill(missing_C.to(moved_C.device), 0.0).clamp(max=-torch.tensor(_FLOOR).log().item())
+        return -moved_C.masked_fill(missing_C.to(moved_C.device), 0.0).clamp(max=-math.log(_FLOOR))
