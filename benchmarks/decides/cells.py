@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
+
+from benchmarks.map import cells as map_cells
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,11 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A setting and an arm."""
+class Cell(map_cells.Cell):
+    """A setting of this study and an arm."""
 
-    setting: Setting
-    arm: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Its values, as a line of the results has them."""
-        return {**asdict(self.setting), "arm": self.arm}
-
-    @classmethod
-    def of(cls, line: dict[str, Any]) -> Cell:
-        """The cell that a line of the results belongs to."""
-        return cls(Setting(**{field.name: line[field.name] for field in fields(Setting)}), line["arm"])
+    setting: Setting  # type: ignore[assignment]
+    kind: ClassVar[type] = Setting
 
 
 @dataclass(frozen=True)

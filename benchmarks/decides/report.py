@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.map.page import filled
+from benchmarks.map.results import read
 
 from .page import blocks
 from .plot import plot
-from .results import by_cell, read
+from .results import by_cell
 
 PAGE = Path(__file__).parents[2] / "docs" / "when_it_helps.md"
 

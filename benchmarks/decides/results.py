@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,11 +16,6 @@ MIN_SEEDS = 5  # below, an interval would say little: the seeds are told one by 
 
 Line = dict[str, Any]
 Cells = dict[Cell, dict[int, Line]]  # lines by cell and seed
-
-
-def read(path: Path) -> list[Line]:
-    """Finished runs, one a line of JSON; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def by_cell(lines: Iterable[Line]) -> Cells:

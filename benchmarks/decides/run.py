@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.map.results import read
+
 from .cells import Cell, Setting, Sizes
 from .grid import LOUD, runs
 from .report import redraw
-from .results import read
 
 FOLDER = Path(__file__).parent
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import tempfile
@@ -20,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils import logging
 
+from benchmarks.map.training import rounded
 from trl_r3 import R3GRPOConfig
-from trl_r3._compat import without_checkpointing
+from trl_r3.cli.demo.settings import of_small_runs
 from trl_r3.cli.demo.sorting import (
     all_right,
     draw_batch,
@@ -110,8 +110,8 @@ def run(cell: Cell, seed: int, sizes: Sizes, starts: Path) -> dict[str, Any]:
     return {
         **cell.as_dict(),
         "seed": seed,
-        "before": _rounded(before),
-        "after": _rounded(share_sorted(model, held_out)),
+        "before": rounded(before),
+        "after": rounded(share_sorted(model, held_out)),
         **_series(trainer, arm, sizes),
         "seconds": round(time.process_time() - begin, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -154,14 +154,7 @@ def _config(folder: str, setting: Setting, arm: Arm, sizes: Sizes, seed: int) ->
         epsilon_high=0.27,
         vllm_importance_sampling_mode=arm.correction or "sequence_mask",
         vllm_importance_sampling_clip_max=arm.clip_max,
-        bf16=False,
-        use_cpu=True,
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **without_checkpointing(),
+        **of_small_runs(seed),
     )
 
 
@@ -174,17 +167,11 @@ def _series(trainer: DecidingTrainer, arm: Arm, sizes: Sizes) -> dict[str, list[
     }
     measured = {
         # the record of R2 is that of the training model, and says nothing of the rollout's experts
-        short: [
-            None if arm.mode == "R2" and short in _OF_ROUTES else _rounded(each[name]) for each in trainer.measured
-        ]
+        short: [None if arm.mode == "R2" and short in _OF_ROUTES else rounded(each[name]) for each in trainer.measured]
         for name, short in MEASURED.items()
     }
     return {**averaged, "measured_at": [each["step"] for each in trainer.measured], **measured}
 
 
 def _mean(values: list[float]) -> float | None:
-    return _rounded(fmean(values)) if values else None
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return rounded(fmean(values)) if values else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Cell:
 
     setting: Setting
     arm: str
+    kind: ClassVar[type] = Setting
 
     def as_dict(self) -> dict[str, Any]:
         """Its values, as a line of the results has them."""
@@ -80,7 +81,7 @@ class Cell:
     @classmethod
     def of(cls, line: dict[str, Any]) -> Cell:
         """The cell that a line of the results belongs to."""
-        return cls(Setting(**{field.name: line[field.name] for field in fields(Setting)}), line["arm"])
+        return cls(cls.kind(**{field.name: line[field.name] for field in fields(cls.kind)}), line["arm"])
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from trl_r3 import R3GRPOConfig
-from trl_r3._compat import without_checkpointing
 from trl_r3.cli.demo.policy import Sum, accuracy, build_tokenizer
 from trl_r3.cli.demo.run import exact_answer
+from trl_r3.cli.demo.settings import of_small_runs
 
 from .cells import ARMS, Arm, Cell, Setting, Sizes
 from .model import gates, split, start
@@ -115,7 +115,7 @@ def run(cell: Cell, seed: int, sizes: Sizes, starts: Path) -> dict[str, Any]:
         **{short: _mean(last, name) for name, short in LOGGED.items()},
         **{short: _mean(measured, name) for name, short in MEASURED.items()},
         "changed_at_start": _mean(measured[:1], "live/changed_router_frac"),
-        "grad_norm_max": _rounded(max(entry["grad_norm"] for entry in log)),
+        "grad_norm_max": rounded(max(entry["grad_norm"] for entry in log)),
         "seconds": round(time.process_time() - begin, 2),
     }
 
@@ -134,21 +134,15 @@ def _config(folder: str, setting: Setting, arm: Arm, sizes: Sizes, seed: int) ->
         learning_rate=setting.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=_WARM_UP_STEPS,
-        bf16=False,
-        use_cpu=True,
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **without_checkpointing(),
+        **of_small_runs(seed),
     )
 
 
 def _mean(entries: list[dict[str, float]], name: str) -> float | None:
     values = [entry[name] for entry in entries if name in entry]
-    return _rounded(statistics.fmean(values)) if values else None
+    return rounded(statistics.fmean(values)) if values else None
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
+    """Four digits; `None` for what is no finite number."""
     return float(f"{value:.4g}") if math.isfinite(value) else None

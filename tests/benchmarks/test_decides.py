@@ -11,10 +11,11 @@ from benchmarks.decides.grid import DECIDED, LOUD, SEEDS, runs
 from benchmarks.decides.numerics import ROUNDED, rollout_numerics
 from benchmarks.decides.page import blocks, by_mismatch, live_k3
 from benchmarks.decides.report import PAGE
-from benchmarks.decides.results import by_cell, differences, judged, mean_of, read
+from benchmarks.decides.results import by_cell, differences, judged, mean_of
 from benchmarks.decides.run import FOLDER
 from benchmarks.decides.training import run
 from benchmarks.map.page import filled
+from benchmarks.map.results import read
 from trl_r3.cli.demo.noisy_runs import load_start
 from trl_r3.cli.demo.sorting import draw_batch
 from trl_r3.trainers.deciding_mismatch import DECIDING_K3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 import warnings
@@ -23,12 +22,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from ..._compat import without_checkpointing
 from ...trainers.grpo import R3GRPOConfig
 from ..twin import one_thread
 from .low_precision import LowPrecisionRolloutTrainer
 from .noise import noisy_selection
 from .run import StepClock
+from .settings import of_small_runs
 from .sorting import all_right, draw_batch, make_rows, share_sorted, sorting_config, sorting_tokenizer
 
 START = Path(__file__).parent / "sorting_start.safetensors"
@@ -204,9 +203,7 @@ def _train(
     if use_replay and seed == 0:
         trainer.state.save_to_json(str(output / "trainer_state.json"))  # `trl-r3 report` draws it
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
-    measured = {entry["step"] for entry in trainer.measured}
-    plain = [seconds for step, seconds in enumerate(clock.seconds) if step not in measured]
-    return NoisyRun(before, share_sorted(model, held_out), trainer.measured, log, statistics.median(plain))
+    return NoisyRun(before, share_sorted(model, held_out), trainer.measured, log, clock.median(trainer.measured))
 
 
 def _noisy_config(
@@ -226,12 +223,5 @@ def _noisy_config(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
         epsilon_high=0.27,
-        bf16=False,
-        use_cpu=True,
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **without_checkpointing(),
+        **of_small_runs(seed),
     )

@@ -18,12 +18,11 @@ from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from ..._compat import without_checkpointing
 from ...trainers.grpo import R3GRPOConfig
 from ..twin import one_thread
 from .low_precision import LowPrecisionRolloutTrainer
 from .policy import CONFIGS, Sum, accuracy, build_tokenizer, make_sums, warm_up
-from .settings import DemoSettings
+from .settings import DemoSettings, of_small_runs
 
 RUNS = {"without replay": False, "with replay": True}
 
@@ -68,6 +67,11 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.process_time() - self.begin)
         self.on_step()
+
+    def median(self, measured: Sequence[dict[str, float]]) -> float:
+        """Of the steps that were not measured, which takes time of its own."""
+        steps = {entry["step"] for entry in measured}
+        return statistics.median(seconds for step, seconds in enumerate(self.seconds) if step not in steps)
 
 
 def run_demo(name: str, settings: DemoSettings, output: Path, console: Any) -> DemoResult:
@@ -150,14 +154,7 @@ def _config(folder: str, settings: DemoSettings, use_replay: bool) -> R3GRPOConf
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=settings.grpo_steps // 20,
-        bf16=False,
-        use_cpu=True,
-        seed=settings.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **without_checkpointing(),
+        **of_small_runs(settings.seed),
     )
 
 
@@ -187,6 +184,4 @@ def _trainer(
 
 def _result(trainer: LowPrecisionRolloutTrainer, clock: StepClock, before: float, after: float) -> RunResult:
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
-    measured = {entry["step"] for entry in trainer.measured}
-    plain = [seconds for step, seconds in enumerate(clock.seconds) if step not in measured]
-    return RunResult(before, after, trainer.measured, log, statistics.median(plain))
+    return RunResult(before, after, trainer.measured, log, clock.median(trainer.measured))

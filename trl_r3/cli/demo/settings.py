@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from ..._compat import without_checkpointing
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,17 @@ SMOKE = DemoSettings(
     generations=4,
     measure_every=2,
 )
+
+
+def of_small_runs(seed: int) -> dict[str, Any]:
+    """Arguments of TRL that small runs on a CPU share: float32, every step logged, nothing saved or reported."""
+    return {
+        "bf16": False,
+        "use_cpu": True,
+        "seed": seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **without_checkpointing(),
+    }
