@@ -60,7 +60,9 @@ class Setting:
         rollout (`str`):
             Numerics of the rollout, as in [`rollout_numerics`].
         top_k (`int`, *optional*, defaults to `2`):
-            Experts a token, of eight.
+            Experts a token.
+        experts (`int`, *optional*, defaults to `8`):
+            Experts a layer.
         length (`int`, *optional*, defaults to `10`):
             Letters to sort, and tokens of an answer.
         updates (`int`, *optional*, defaults to `1`):
@@ -73,6 +75,7 @@ class Setting:
 
     rollout: str
     top_k: int = 2
+    experts: int = 8
     length: int = 10
     updates: int = 1
     learning_rate: float = 5e-4

@@ -61,9 +61,12 @@ def start(setting: Setting, sizes: Sizes, seed: int, folder: Path) -> Any:
             Where its weights are kept for the next run.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(sorting_config(setting.top_k))
+    config = sorting_config(setting.top_k)
+    config.num_experts = setting.experts
+    config.max_position_embeddings = max(config.max_position_embeddings, 2 * setting.length + 1)
+    model = AutoModelForCausalLM.from_config(config)
     model.set_experts_implementation("grouped_mm")  # the fastest at this size
-    path = folder / f"{setting.top_k}-{setting.length}-{seed}.safetensors"
+    path = folder / f"{setting.experts}-{setting.top_k}-{setting.length}-{seed}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
         return model

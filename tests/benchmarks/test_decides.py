@@ -77,7 +77,7 @@ def test_numerics_are_of_the_rollout_only(name):
 
 
 def test_the_arms_differ_where_the_rollout_does(tmp_path):
-    save_file(load_start().state_dict(), tmp_path / "2-10-0.safetensors")  # an untrained one earns no reward
+    save_file(load_start().state_dict(), tmp_path / "8-2-10-0.safetensors")  # an untrained one earns no reward
 
     def trained(arm, setting):
         return run(Cell(replace(setting, steps=2), arm), 0, TINY, tmp_path)

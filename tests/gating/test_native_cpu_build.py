@@ -53,10 +53,10 @@ def test_the_kernels_are_registered(site):
 FILES = ["test_reference.py", "test_contract.py", "test_masked_topk.py", "test_ops.py", "test_native.py"]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_kernels_pass_the_tests_of_the_op(site, file):
-    pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
-    passed = run(pytest_run, env=environment(site), cwd=site, timeout=300)
+def test_the_kernels_pass_the_tests_of_the_op(site):
+    files = [str(TESTS / file) for file in FILES]
+    pytest_run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    passed = run(pytest_run, env=environment(site), cwd=site, timeout=600)
     assert "skipped" not in passed
 
 

@@ -1,4 +1,4 @@
-"""A trainer over a bfloat16 base that sends its weights 20 times, for `accelerate launch`: what is sent, what stays.
+"""A trainer over a bfloat16 base that sends its weights several times, for `accelerate launch`: what is sent, what stays.
 
 Its updates are those of `train_sharded`, its adapters are on attention or on experts.
 """
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sharded.train_sharded import make_trainer, parse, without_nccl
 from trl.generation import vllm_client
 
-SYNCS = 20  # what merging loses, the first of these would lose; one process does it a hundred times
+SYNCS = 8  # what merging loses, the first of these would lose; one process does it a hundred times
 
 
 def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:

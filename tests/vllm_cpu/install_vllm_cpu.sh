@@ -21,8 +21,8 @@ venv=$1
 python=$venv/bin/python
 
 # --no-deps: the two files are the whole closure, less what a CPU does without; pip must not add it back.
-"$python" -m pip install --quiet --no-deps --only-binary :all: "$torch"
-"$python" -m pip install --quiet --no-deps --only-binary :all: --require-hashes \
+"$python" -m pip install --quiet --no-compile --no-deps --only-binary :all: "$torch"
+"$python" -m pip install --quiet --no-compile --no-deps --only-binary :all: --require-hashes \
     -r "$here/requirements.txt" -r "$here/requirements-$version.txt"
 
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
