@@ -1,4 +1,4 @@
-"""A trainer over a bfloat16 base that sends its weights several times, for `accelerate launch`: what is sent, what stays.
+"""A trainer over a bfloat16 base that sends its weights several times, for `accelerate launch`: what is sent and stays.
 
 Its updates are those of `train_sharded`, its adapters are on attention or on experts.
 """
