@@ -239,11 +239,6 @@ def rope_by_length(stack: nn.Module) -> str | None:
     return next((kind for kind in kinds if kind is not None and ("dynamic" in kind or kind == "longrope")), None)
 
 
-def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:
-    """The micro-batches of TRL's last rollout, as updates take them. Goes when TRL says which samples it trains on."""
-    return trainer._buffered_inputs or []
-
-
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Let `owner.name` be `value` inside. Each use goes when its owner takes the value as an argument."""

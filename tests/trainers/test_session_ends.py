@@ -70,11 +70,19 @@ def test_it_is_gone_when_the_next_rollout_is_made(held):
     assert seen == [[]]
 
 
-def test_it_is_gone_after_an_exception(held):
-    class Stop(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
+class Stop(TrainerCallback):
+    """Stops the first training, as a user of a notebook does."""
+
+    def __init__(self):
+        self.stops = True
+
+    def on_step_end(self, *args, **kwargs):
+        if self.stops:
+            self.stops = False
             raise KeyboardInterrupt
 
+
+def test_it_is_gone_after_an_exception(held):
     one = held(max_steps=3)
     one.trainer.add_callback(Stop())
     try:
@@ -109,3 +117,31 @@ def test_tokens_are_compared_once_a_pass(qwen3, build, monkeypatch):
     trainer.train()
     passes = [one for one in trainer.passes if one.name in ("old policy", "comparison", "update")]
     assert calls == [len(one.input_ids) for one in passes] == [4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("callbacks", [[], [Stop()]], ids=["over", "interrupted"])
+def test_training_that_ended_between_two_rollouts_begins_again(qwen3, build, check, callbacks):
+    """TRL goes on with the batch that was left, whose records are gone."""
+    trainer = build(qwen3(), num_iterations=2, max_steps=3, callbacks=callbacks)
+    if callbacks:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    else:
+        trainer.train()
+    trainer.passes.clear()
+    trainer.train()
+    updates = trainer.of("update")
+    assert [one.step for one in updates] == [0, 1, 2]
+    for one in updates:
+        check.replayed(one)
+
+
+def test_nothing_is_logged_of_a_training_before(qwen3, build):
+    trainer = build(qwen3(), max_steps=4, logging_steps=2, routing_replay_load_every=2, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer._r3.log.collect() == {} and trainer._r3.loads.collect() == {}
+    for _ in range(2):
+        trainer.train()
+        entries = trainer.state.log_history
+        assert [each["step"] for each in entries if "routing_replay/load/entropy" in each] == [2, 4]

@@ -49,10 +49,13 @@ class AsyncReplaySession:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.attachment = TreeAttachment(trainer)
-        self.log = ReplayLog(trainer.accelerator, ASYNC_SHARES)
+        self._until_the_end = ExitStack()
+        self._start()
+
+    def _start(self) -> None:
+        self.log = ReplayLog(self.trainer.accelerator, ASYNC_SHARES)
         self.waiting: WaitingRows | None = None
         self.synced_at: int | None = None  # optimizer steps when the weights were last sent
-        self._until_the_end = ExitStack()
 
     def attach(self) -> None:
         """When the policy has been prepared for training, before the rollout process is spawned."""
@@ -69,7 +72,7 @@ class AsyncReplaySession:
         self.attachment.detach()
         if self.waiting is not None:
             self.waiting.drop()  # TRL keeps the queue
-        self.waiting = self.synced_at = None
+        self._start()
 
     @contextmanager
     def packing(self) -> Iterator[None]:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from .._compat import buffered_inputs
 from ..engines.weight_sync import keep_base
 from ..records.samples import Sample
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
+from ._compat_trainers import buffered_inputs
 from .checkpoints import whole_checkpoint
 from .construction import check_generation, check_setup, check_shards, config_from, recording_engine, warn_if_off
 from .deciding_mismatch import DecidingMismatch

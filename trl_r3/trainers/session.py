@@ -24,6 +24,7 @@ from ..masks.masked_batch import MaskedBatch
 from ..masks.restricted_head import restricted_head
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from ..records.unpadded_rows import recorded_rows
+from ._compat_trainers import forget_buffered_inputs
 from .attaching import Attachment, ScoringTrainer
 from .load_log import LoadLog
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
@@ -50,14 +51,17 @@ class ReplaySession:
     def __init__(self, trainer: ScoringTrainer, routes: bool, masks: bool, earlier: int = 0):
         self.trainer, self.routes, self.masks = trainer, routes, masks
         self.attachment = Attachment(trainer)
-        self.log = ReplayLog(trainer.accelerator)
-        every = trainer.args.routing_replay_load_every
-        self.loads = LoadLog(trainer.accelerator, every) if every else None
+        self.rollouts = KeptRollouts(earlier)
+        self.evaluates = False
+        self._start()
+
+    def _start(self) -> None:
+        accelerator, every = self.trainer.accelerator, self.trainer.args.routing_replay_load_every
+        self.log = ReplayLog(accelerator)
+        self.loads = LoadLog(accelerator, every) if every else None
         self.tracer: Tracer | None = None
         self.turns = Turns()
-        self.rollouts = KeptRollouts(earlier)
         self.scoring: Scoring | None = None
-        self.evaluates = False
         self._last_compared: int | None = None  # step
 
     def attach(self) -> None:
@@ -68,10 +72,11 @@ class ReplaySession:
             self.tracer = Tracer(self.trainer, self.attachment.replay)
 
     def end(self) -> None:
-        """When training is over, whatever ended it: nothing of a rollout stays."""
+        """When training is over, whatever ended it: nothing of a rollout stays, and the next training begins anew."""
         self.attachment.detach()
         self.rollouts.drop()
-        self.turns, self.tracer, self.scoring, self._last_compared = Turns(), None, None, None
+        forget_buffered_inputs(self.trainer)
+        self._start()
 
     @property
     def rollout(self) -> Rollout | None:
@@ -157,12 +162,7 @@ class ReplaySession:
         return RolloutRecord([len(ids) for ids in prompt_ids], records, None, masks)
 
     def score(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        score: Callable[[], Scores],
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, score: Callable[[], Scores]
     ) -> Scores:
         """
         Run one pass of TRL over the samples that are scored.
