@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from trainers.forcing import forced, logged
+from transformers import TrainerCallback
 
 from trl_r3.records.metrics import AGES, SHARES, agreement_at
 from trl_r3.trainers.log import ReplayLog
@@ -26,6 +28,22 @@ def test_nothing_is_logged_without_replay(qwen3, train):
     trainer = train(qwen3(), use_routing_replay=False, routing_replay_compare_every=1)
     names = {name for entry in trainer.state.log_history for name in entry}
     assert not [name for name in names if name.startswith(("routing_replay/", "sampling/"))]
+
+
+@pytest.mark.parametrize("prefix", ["eval", "held_out"])
+def test_evaluation_in_a_step_takes_nothing_from_its_log(qwen3, build, prefix):
+    class Evaluating(TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            trainer.evaluate(metric_key_prefix=prefix)
+
+    data = {"eval_dataset": Dataset.from_dict({"prompt": ["abc", "d"]}), "per_device_eval_batch_size": 2}
+    run = {"gradient_accumulation_steps": 2, "routing_replay_compare_every": 1, "callbacks": [Evaluating()]}
+    trainer = build(qwen3(), **data, **run)
+    trainer.train()
+    entries = [each for each in trainer.state.log_history if f"{prefix}_loss" in each]
+    assert len(entries) == 2
+    assert not any("routing_replay/" in name or "sampling/" in name for each in entries for name in each)
+    assert all(sorted(logged(trainer, name)) == [1, 2] for name in REPLAY + MISMATCH + LIVE)
 
 
 def log_ratios(trainer, one, routes):

@@ -153,6 +153,13 @@ class ReplayLifecycle(AttachedTrainer):
                 self._r3.loads.meet()
         return loss
 
+    def evaluate(self, *args, **kwargs):
+        """`evaluate` of TRL: its log, whatever its prefix, is none of the training."""
+        if self._r3 is None:
+            return super().evaluate(*args, **kwargs)
+        with self._r3.evaluating():
+            return super().evaluate(*args, **kwargs)
+
     def prediction_step(self, *args, **kwargs):
         """`prediction_step` of TRL: evaluation routes live."""
         if self._r3 is None:
@@ -162,7 +169,7 @@ class ReplayLifecycle(AttachedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`log` of TRL, with the shares that have come together."""
-        if self._r3 is not None and not any(name.startswith("eval_") for name in logs):
+        if self._r3 is not None and not self._r3.evaluates:
             logs.update(self._r3.log.collect())  # type: ignore[arg-type]
             if self._deciding is not None and ("sampling/live/k3_kl" in logs or not self._r3.captures):
                 self._deciding.look_at_log(logs, replays=self._r3.captures)
