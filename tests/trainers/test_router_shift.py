@@ -130,6 +130,25 @@ def test_ratios_are_scaled_and_nothing_else(train, trainer_class, monkeypatch):
     assert run(routing_replay_shift_weight=True)[0] == plain
 
 
+def test_the_off_policy_mask_measures_the_policies_alone(train, qwen):
+    """TRL drops samples by the distance between two policies, of which the weight is no part."""
+    old, given = [], []
+
+    class Masking(R3GRPOTrainer):
+        def _compute_loss(self, model, inputs, *args):
+            old.append(inputs["old_per_token_logps"].clone())
+            return super()._compute_loss(model, inputs, *args)
+
+        @staticmethod
+        def get_off_policy_mask(sampling_per_token_logps, **kwargs):
+            given.append(sampling_per_token_logps)
+            return R3GRPOTrainer.get_off_policy_mask(sampling_per_token_logps=sampling_per_token_logps, **kwargs)
+
+    trainer = train(qwen, trainer_class=Masking, off_policy_mask_threshold=0.5, **MOVING)
+    assert min(mean_weights(trainer)) < 0.99
+    assert len(given) == 6 and all(map(torch.equal, old, given))
+
+
 def test_skipped_padding_changes_no_weight(train):
     def run(padding):
         torch.manual_seed(0)

@@ -83,6 +83,7 @@ class RouterShift:
         log_weights_BC = torch.zeros_like(old_BC)
         for row_C, sample, rows in zip(log_weights_BC, scoring.samples, now, strict=True):
             row_C[: len(rows)] = self._log_weights(sample, rows)[: len(row_C)].to(row_C)
+        batch.setdefault("sampling_per_token_logps", old_BC)  # or TRL's off-policy mask takes the lowered
         batch["old_per_token_logps"] = old_BC - log_weights_BC
         counted_BC = counted_tokens(batch)
         log.add("routing_replay/shift_weight", (log_weights_BC.exp() * counted_BC).sum(), counted_BC.sum())
