@@ -226,6 +226,33 @@ def test_truncated_sampling_is_not_called_mismatch(server_trainer, sampling, set
     assert all(f"{name}={value}" in told[0] for name, value in sampling.items())
 
 
+OTHER = [
+    {"repetition_penalty": 1.3},
+    {"generation_kwargs": {"presence_penalty": 0.5}},
+    {"generation_kwargs": {"temperature": 0.5}},
+]
+
+
+@pytest.mark.parametrize("settings", OTHER)
+def test_penalties_are_not_called_mismatch(server_trainer, settings):
+    """The engine's log-probabilities are those of what it drew from, which training does not score."""
+    ((name, value),) = settings.get("generation_kwargs", settings).items()
+    with fake_vllm() as fake, pytest.warns(RuntimeWarning, match=f"^{name}={value} changes .*`sampling/.*not logged"):
+        trainer = server_trainer(fake, routing_replay_compare_every=1, **settings)
+        trainer.train()
+    assert fake.requests[0][name] == value
+    assert not any(name.startswith("sampling/k3") for entry in trainer.state.log_history for name in entry)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.8}, *OTHER])
+def test_they_are_no_reason_for_replay(server_trainer, sampling):
+    with fake_vllm() as fake, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        server_trainer(fake, use_routing_replay=False, max_steps=4, **sampling).train()
+    told = [str(each.message) for each in caught if "with live routing k3" in str(each.message)]
+    assert len(told) == (not sampling), "what the server says is far from what the model does"
+
+
 def test_a_server_without_the_flag_fails_at_construction(server_trainer):
     with fake_vllm(info={}) as fake, pytest.raises(ValueError, match="vllm serve org/model"):
         server_trainer(fake)

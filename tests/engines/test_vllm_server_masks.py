@@ -95,6 +95,13 @@ def test_masks_beside_routes(server_trainer):
     assert len(entropies) == 2 and max(entropies) < torch.tensor(5.0).log()  # five tokens are kept at most
 
 
+def test_masks_tell_nothing_of_penalties(server_trainer):
+    with fake_vllm(info=INFO[True]) as fake, pytest.warns(RuntimeWarning, match="^repetition_penalty=1.3 changes"):
+        trainer = server_trainer(fake, use_sampling_mask_replay=True, top_k=20, repetition_penalty=1.3)
+        trainer.train()
+    assert not any(name.startswith("sampling/k3") for entry in trainer.state.log_history for name in entry)
+
+
 @pytest.mark.parametrize(
     ("behaviour", "text"),
     [

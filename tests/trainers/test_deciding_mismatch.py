@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from trl_r3 import R3GRPOTrainer
+from trl_r3 import R3GRPOConfig, R3GRPOTrainer
 from trl_r3.trainers.deciding_mismatch import DECIDING_K3, DecidingMismatch
 
 ABOVE, BELOW = 1.5 * DECIDING_K3, 0.5 * DECIDING_K3
@@ -80,3 +80,17 @@ def test_in_a_run_without_replay(qwen3, build):
     trainer = build(qwen3(), trainer_class=Plain, use_routing_replay=False, max_steps=3)
     with pytest.warns(RuntimeWarning, match="with live routing k3 .*Set `use_routing_replay=True`"):
         trainer.train()
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_dense_model_is_not_told_to_replay(make_masked, masks):
+    class Far(R3GRPOTrainer, Sampled):
+        def log(self, logs, *args):
+            super().log({**logs, OWN: ABOVE}, *args)  # as with masks it may be
+
+    kind = (R3GRPOConfig, Far, GRPOTrainer)
+    trainer = make_masked(kind=kind, use_sampling_mask_replay=masks, top_p=0.9 if masks else 1.0, max_steps=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert not [each for each in caught if "live routing" in str(each.message)]

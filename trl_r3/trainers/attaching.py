@@ -31,6 +31,7 @@ class ScoringTrainer(ReplayingTrainer, Protocol):
     top_p: float
     top_k: int
     min_p: float | None
+    repetition_penalty: float
 
 
 class Attachment:

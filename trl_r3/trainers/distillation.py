@@ -39,7 +39,7 @@ class R3DistillationTrainer(RoutingReplayMixin, DistillationTrainer):
     def _check_parent(self):
         """It scores by hidden states, below."""
 
-    def _warn_of_sampling(self):
+    def _warn_of_sampling(self, masks):
         """The teacher scores whatever was sampled: there is no ratio to the sampler."""
 
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **inputs):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..engines.weight_sync import keep_base
 from ..records.samples import Sample
+from ..routers.discovery import is_experts
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
 from ._compat_trainers import buffered_inputs
@@ -101,11 +102,11 @@ class ReplayLifecycle(AttachedTrainer):
         check_setup(config, kwargs.get("model", args[0] if args else None), routes, masks)
         with recording_engine(config, routes, masks):
             super().__init__(*args, **kwargs)
-        self._deciding = DecidingMismatch()
+        if any(is_experts(name) for name, _ in self.model.named_modules()):
+            self._deciding = DecidingMismatch()
         if self.use_vllm:
             keep_base(self.vllm_generation)
-        if not masks:
-            self._warn_of_sampling()
+        self._warn_of_sampling(masks)
         if not routes and not masks:
             warn_if_off(type(self), config)
             return
@@ -171,7 +172,7 @@ class ReplayLifecycle(AttachedTrainer):
         """`log` of TRL, with the shares that have come together."""
         if self._r3 is not None and not self._r3.evaluates:
             logs.update(self._r3.log.collect())  # type: ignore[arg-type]
-            if self._deciding is not None and ("sampling/live/k3_kl" in logs or not self._r3.captures):
+            if self._deciding is not None:
                 self._deciding.look_at_log(logs, replays=self._r3.captures)
             if self._r3.loads is not None:
                 logs.update(self._r3.loads.collect())
@@ -189,7 +190,7 @@ class ReplayLifecycle(AttachedTrainer):
     def _check_parent(self) -> None:
         """Refuse a class whose parent would call nothing of this one."""
 
-    def _warn_of_sampling(self) -> None:
+    def _warn_of_sampling(self, masks: bool) -> None:
         """Say what of the sampling settings does not fit the loss, where that depends on them."""
 
     def _recording_rollout(self, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], Scoring]:

@@ -116,17 +116,34 @@ def truncation(trainer: Any) -> str:
     return ", ".join(f"{name}={sampling[name]}" for name, cuts in cut.items() if cuts)
 
 
-def warn_of_truncation(trainer: Any) -> None:
-    """Say once, at construction, that the distribution is cut and training does not know it."""
-    named = truncation(trainer)
-    if not named:
-        return
+def penalties(trainer: Any) -> str:
+    """What else changes the distribution that rollouts are drawn from, which no sampling mask tells, by name."""
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    neutral["temperature"] = trainer.temperature  # which training divides by, too
+    sampling = {"repetition_penalty": trainer.repetition_penalty, **(trainer.args.generation_kwargs or {})}
+    changed = {name: sampling[name] for name in neutral if sampling.get(name) not in (None, neutral[name])}
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+
+def samples_another(trainer: Any, masks: bool) -> bool:
+    """Whether log-probabilities of vLLM are those of another distribution than training's, with masks or without."""
+    return trainer.use_vllm and bool(penalties(trainer) or (not masks and truncation(trainer)))
+
+
+def warn_of_sampling(trainer: Any, masks: bool) -> None:
+    """Say once, at construction, which sampling settings training does not know."""
     effect = ", so that every importance ratio is off, and `sampling/*` is not logged" if trainer.use_vllm else ""
-    warn(
-        f"{named} cuts the distribution that rollouts are drawn from, but training normalises over the whole "
-        f"vocabulary{effect}. Set `use_sampling_mask_replay=True` to train over the tokens that were kept, or "
-        "`top_p=1.0`, `top_k=0` and `min_p=None`."
-    )
+    if not masks and (named := truncation(trainer)):
+        warn(
+            f"{named} cuts the distribution that rollouts are drawn from, but training normalises over the whole "
+            f"vocabulary{effect}. Set `use_sampling_mask_replay=True` to train over the tokens that were kept, or "
+            "`top_p=1.0`, `top_k=0` and `min_p=None`."
+        )
+    if named := penalties(trainer):
+        warn(
+            f"{named} changes the distribution that rollouts are drawn from, but training scores the model without "
+            f"it{effect}. Leave penalties out, and set `temperature` of the config, not of `generation_kwargs`."
+        )
 
 
 def sampled_logprobs(batch: dict[str, Any], samples: Sequence[Sample]) -> Tensor | None:

@@ -7,7 +7,7 @@ from ..engines.turns import Turn
 from .construction import check_parent
 from .lifecycle import AttachedTrainer, ReplayLifecycle
 from .live_comparison import compare_with_live
-from .log import warn_of_truncation
+from .log import samples_another, warn_of_sampling
 
 
 class RoutingReplayMixin(ReplayLifecycle):
@@ -23,8 +23,8 @@ class RoutingReplayMixin(ReplayLifecycle):
     def _check_parent(self):
         check_parent(type(self), AttachedTrainer)
 
-    def _warn_of_sampling(self):
-        warn_of_truncation(self)
+    def _warn_of_sampling(self, masks):
+        warn_of_sampling(self, masks)
 
     def rollout_turn(self, prompt_ids: list[list[int]]) -> tuple[Turn, list | None]:
         """
@@ -74,7 +74,8 @@ class RoutingReplayMixin(ReplayLifecycle):
         r3 = self._r3
         if r3 is None or r3.evaluates:
             batch = super()._generate_and_score_completions(inputs)
-            if self._deciding is not None and r3 is None and self.model.training:
+            is_plain = r3 is None and self.model.training and not samples_another(self, masks=False)
+            if is_plain and self._deciding is not None:
                 self._deciding.look_at_batch(batch)
             return batch
         if r3.tracer is not None:

@@ -27,7 +27,7 @@ from ..records.unpadded_rows import recorded_rows
 from ._compat_trainers import forget_buffered_inputs
 from .attaching import Attachment, ScoringTrainer
 from .load_log import LoadLog
-from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, truncation
+from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, samples_another
 from .rollout import KeptRollouts, Rollout, Scoring, Turns, note_rows_that_matter
 from .tracer import Tracer
 
@@ -287,8 +287,8 @@ class ReplaySession:
 
     def rollout_logprobs(self, batch: dict[str, Any], samples: list[Sample]) -> Tensor | None:
         """(B, C) log-probabilities that the rollout sampled with, where they are over the tokens of training."""
-        if self.trainer.use_vllm and not self.masks and truncation(self.trainer):
-            return None  # vLLM normalises over the tokens that are kept, which would look like mismatch
+        if samples_another(self.trainer, self.masks):
+            return None  # which would look like mismatch
         return sampled_logprobs(batch, samples)
 
     def log_mismatch(
