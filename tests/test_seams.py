@@ -210,7 +210,8 @@ DECODING += " cache_implementation disable_compile eos_token_id stop_strings max
 BATCHING = "allow_block_sharing use_async_batching use_cuda_graph varlen_compile_config decode_compile_config"
 BATCHING += " default_compile_level"
 STATE = "use_vllm use_transformers_continuous_batching continuous_batching_config generation_config temperature top_p"
-STATE += " top_k min_p repetition_penalty pad_to_multiple_of model model_wrapped accelerator ref_model vllm_mode vllm_generation state args"
+STATE += " top_k min_p repetition_penalty pad_to_multiple_of model model_wrapped accelerator ref_model vllm_mode"
+STATE += " vllm_generation state args"
 SETTINGS = "torch_compile model_init_kwargs gradient_accumulation_steps steps_per_generation num_iterations use_vllm"
 SETTINGS += " vllm_mode vllm_tensor_parallel_size gradient_checkpointing_kwargs per_device_train_batch_size"
 SETTINGS += " generation_kwargs"
@@ -308,7 +309,7 @@ SEAMS = [
     ),
     *(
         Seam(
-            "_compat.py",
+            "trainers/_compat_trainers.py",
             f"{trainer.__name__} sets _buffered_inputs",
             lambda t=trainer: sets(t, "_buffered_inputs"),
         )
