@@ -202,6 +202,13 @@ class Seam:
 
 
 LIFE = ("_prepare_for_training", "_prepare_inputs", "training_step", "prediction_step", "train")
+
+
+def gives_beside_tokens(trainer, *names):
+    taken = {*inspect.signature(getattr(trainer, SCORES)).parameters} - {"self", "compute_entropy", "compute_aux_loss"}
+    return taken == {*names, *SCORE_BEGINS} - {"*"} and says(trainer._generate_and_score_completions, *names)
+
+
 GENERATE = transformers.GenerationMixin.generate
 SCORES = "_get_per_token_logps_and_entropies"
 SCORE_BEGINS = ("model", "input_ids", "attention_mask", "logits_to_keep", "*", "batch_size")
@@ -215,6 +222,8 @@ STATE += " vllm_generation state args"
 SETTINGS = "torch_compile model_init_kwargs gradient_accumulation_steps steps_per_generation num_iterations use_vllm"
 SETTINGS += " vllm_mode vllm_tensor_parallel_size gradient_checkpointing_kwargs per_device_train_batch_size"
 SETTINGS += " generation_kwargs"
+BESIDE_TOKENS = "pixel_values image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes"
+BESIDE_TOKENS += " token_type_ids mm_token_type_ids image_position_ids"
 BATCH = "prompt_ids prompt_mask completion_ids completion_mask"
 STUDENT_STATE = "use_vllm generation_config temperature model model_wrapped accelerator state args _buffered_inputs"
 STUDENT_SETTINGS = "torch_compile model_init_kwargs gradient_accumulation_steps use_vllm vllm_mode"
@@ -272,6 +281,11 @@ SEAMS = [
                 "engines/turns.py",
                 f"{trainer.__name__} sets {STATE}",
                 lambda t=trainer: sets(t, *STATE.split()),
+            ),
+            Seam(
+                "trainers/_compat_trainers.py",
+                f"{trainer.__name__} gives a forward {BESIDE_TOKENS}, and nothing else beside tokens",
+                lambda t=trainer: gives_beside_tokens(t, *BESIDE_TOKENS.split()),
             ),
             Seam(
                 "trainers/live_comparison.py",

@@ -66,7 +66,7 @@ def picture(width: int, height: int) -> Image.Image:
     return image
 
 
-def make_trainer(model, folder):
+def make_trainer(model, folder, **changes):
     side = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
     sizes = [(2 * side, side), (side, 3 * side)]
     prompts = [[{"role": "user", "content": f"t{20 + i} t{30 + i}"}] for i in range(4)]
@@ -79,6 +79,7 @@ def make_trainer(model, folder):
             per_device_train_batch_size=4, num_generations=2, num_iterations=2, max_completion_length=6,
             logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, router_aux_loss_coef=0.0,
             generation_kwargs={"suppress_tokens": [0, 1, *(processor.tokenizer.convert_tokens_to_ids(SPECIAL))]},
+            **changes,
         ),
         reward_funcs=lambda completion_ids, **kwargs: [float(sum(ids) % 7) for ids in completion_ids],
         train_dataset=Dataset.from_dict({"prompt": prompts, "images": images}),
@@ -86,12 +87,16 @@ def make_trainer(model, folder):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_rows_of_images_replay_like_any_other(tmp_path, model_type):
+def make_model(model_type):
     model = build_tiny(model_type, with_images=True)
     for name, token in TOKENS.items():
         setattr(model.config, name, token)
-    trainer = make_trainer(model, tmp_path)
+    return model
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_rows_of_images_replay_like_any_other(tmp_path, model_type):
+    trainer = make_trainer(make_model(model_type), tmp_path)
     trainer.train()
     (turn,) = trainer.turns
     image = trainer.model.config.image_token_id
@@ -105,3 +110,13 @@ def test_rows_of_images_replay_like_any_other(tmp_path, model_type):
     assert_nothing_missing(trainer, steps=2)
     drifted = trainer.state.log_history[1]["routing_replay/changed_router_frac"]
     assert drifted > 0, "live routing had not changed after an update, so that it could pass for replay"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_live_routing_is_compared_with_the_images(tmp_path, model_type):
+    """At the weights of the rollout live routing selects what it did, so that nothing is left to tell apart."""
+    trainer = make_trainer(make_model(model_type), tmp_path, routing_replay_compare_every=1)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["routing_replay/changed_router_frac"] == 0
+    assert first["sampling/k3_kl"] < 1e-9 and first["sampling/live/k3_kl"] < 1e-9

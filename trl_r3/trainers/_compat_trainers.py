@@ -10,6 +10,19 @@ from torch import nn
 
 from .._compat import swapped
 
+_BESIDE_TOKENS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
 
 @contextmanager
 def attending_plainly(model: nn.Module) -> Iterator[None]:
@@ -56,3 +69,11 @@ def forget_buffered_inputs(trainer: Any) -> None:
     what is left of the last. Goes when `train()` of TRL begins with a rollout.
     """
     trainer._buffered_inputs = None
+
+
+def beside_tokens(batch: dict[str, Any]) -> dict[str, Any]:
+    """
+    What TRL gives each forward over a batch beside its tokens: images, and which tokens are theirs. Goes when TRL
+    scores a batch as a whole.
+    """
+    return {name: batch[name] for name in _BESIDE_TOKENS if name in batch}

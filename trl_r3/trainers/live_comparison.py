@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from ._compat_trainers import beside_tokens
 from .log import counted_tokens, warn_if_worse
 from .session import ReplaySession, Scoring
 
@@ -46,6 +47,7 @@ def compare_with_live(
             attention_mask,
             output["completion_ids"].size(1),
             batch_size=trainer.args.per_device_train_batch_size,
+            **beside_tokens(output),
         )[0]
     session.log_mismatch(output, samples, live, prefix="sampling/live")
     rollout_logprobs = session.rollout_logprobs(output, samples)

@@ -24,13 +24,12 @@ from ..traces.counted_batch import CountedBatch
 from ..traces.trace import ATTENDED, COUNTED, Trace, TraceFacts
 from ..traces.trace_conditions import autocast_dtype, conditions, gating_mode, padding_mode
 from ..traces.trace_file import save_trace
+from ._compat_trainers import beside_tokens
 from .log import counted_tokens, raise_together
 
 if TYPE_CHECKING:
     from .attaching import ReplayingTrainer
     from .session import Scoring
-
-_NOT_TRACED = ("pixel_values", "image_grid_thw", "token_type_ids", "mm_token_type_ids")  # of a batch with images
 
 
 @dataclass
@@ -137,8 +136,7 @@ class Tracer:
         given = {"masks": masks_BC.to(torch.uint8), "rollout": rollout_logprobs, "live": live_logprobs}
         pending.first = samples[0].identity
         pending.of_rollout = {name: _completions(value, samples) for name, value in given.items() if value is not None}
-        beside = [name for name in _NOT_TRACED if name in output]
-        if beside:
+        if beside := beside_tokens(output):
             pending.unreplayable = (
                 f"its forwards were given {', '.join(beside)}, which no trace holds. Trace a run on text."
             )
