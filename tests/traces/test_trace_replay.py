@@ -111,6 +111,19 @@ def test_adapters(qwen3, traced):
     assert verify_trace(trainer.model, trace).matches
 
 
+REMEDIES = {"lora_dropout": "in .*lora_dropout.*`disable_dropout=True`", "attention_dropout": "`attention_dropout=0"}
+
+
+@pytest.mark.parametrize("where", REMEDIES)
+def test_dropout_is_named(qwen3, traced, where):
+    """Or verification would ask for other weights."""
+    rates = {"lora_dropout": 0.0, "attention_dropout": 0.0, where: 0.1}
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=rates["lora_dropout"])
+    trainer, (path, *_), _ = traced(qwen3(attention_dropout=rates["attention_dropout"]), peft_config=adapter)
+    with pytest.raises(ValueError, match="dropped values out at random.*" + REMEDIES[where]):
+        verify_trace(trainer.model, load_trace(path))
+
+
 def test_threads_are_those_of_the_trace(qwen3, traced, monkeypatch):
     _, paths, weights = traced(qwen3(), max_steps=1)
     trace, asked = load_trace(paths[0]), []

@@ -72,6 +72,12 @@ def test_nothing_is_counted_unasked(qwen3, train, changes):
     assert not [name for name in names if name.startswith("routing_replay/load")]
 
 
+def test_nothing_is_said_of_rollouts_that_the_loss_leaves_out(qwen3, train):
+    """All of their completions were cut: there is no load, and no expert is called dead."""
+    cut = {"mask_truncated_completions": True, "generation_kwargs": {"suppress_tokens": [0, 1]}}
+    assert loads(train(qwen3(), routing_replay_load_every=1, **cut)) == []
+
+
 def test_a_student_logs_it_too(qwen3, tmp_path):
     trainer, _ = make_student("iw_opd", tmp_path, qwen3(), routing_replay_load_every=1)
     trainer.train()

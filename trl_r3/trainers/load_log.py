@@ -102,6 +102,8 @@ class LoadLog:
         if self._shared is None or self._layout is None:
             return {}
         load, self._shared = ExpertLoad(self._shared), None
+        if not load.counts_LE.any():  # the loss depends on no row
+            return {}
         by_name = {"max_over_mean": load.max_over_mean, "dead_experts": load.dead_experts, "entropy": load.entropy}
         worst = {
             "max_over_mean": load.max_over_mean.max(),

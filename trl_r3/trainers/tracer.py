@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._compat import warn
+from .._compat import drops_out, warn
 from ..alarm.evidence import Verdict
 from ..records.metrics import ReplayStats
 from ..records.samples import Sample, ScoredBatch
@@ -136,10 +136,7 @@ class Tracer:
         given = {"masks": masks_BC.to(torch.uint8), "rollout": rollout_logprobs, "live": live_logprobs}
         pending.first = samples[0].identity
         pending.of_rollout = {name: _completions(value, samples) for name, value in given.items() if value is not None}
-        if beside := beside_tokens(output):
-            pending.unreplayable = (
-                f"its forwards were given {', '.join(beside)}, which no trace holds. Trace a run on text."
-            )
+        pending.unreplayable = _why_unreplayable(self.trainer.accelerator.unwrap_model(self.trainer.model), output)
         if scoring.old_logprobs is not None and not pending.samples:
             self._take_own_record(pending, samples, output, scoring.old_logprobs)
         self._write_if_whole()
@@ -238,6 +235,18 @@ def _completions(padded_BC: Tensor, samples: list[Sample]) -> list[Tensor]:
     padded_BC = padded_BC.detach().cpu()
     lengths = [sample.completion_length for sample in samples]
     return [row[:length].clone() for row, length in zip(padded_BC, lengths, strict=True)]
+
+
+def _why_unreplayable(model: Any, output: dict[str, Any]) -> str | None:
+    """What else the forwards of a batch depend on, and what to do about it."""
+    if beside := beside_tokens(output):
+        return f"its forwards were given {', '.join(beside)}, which no trace holds. Trace a run on text."
+    for name, each in model.named_modules():
+        if drops_out(each) and each.training and each.p > 0:
+            return f"its forwards dropped values out at random, in {name}. Set `disable_dropout=True` to trace."
+    if model.training and getattr(model.config.get_text_config(), "attention_dropout", 0) > 0:
+        return "its attention dropped values out at random. Load the model with `attention_dropout=0.0` to trace."
+    return None
 
 
 def _made(directory: Path) -> OSError | None:
