@@ -10,6 +10,7 @@ from .._compat import warn
 from ..engines.vllm_server import returns_routes
 from ..engines.vllm_versions import check_vllm_version, vllm_serve_command
 from .config import check_types
+from .log import penalties, truncation
 
 IN_FLIGHT = ("replay", "live")
 SHARED_ROWS = ("first", "exact")
@@ -50,11 +51,6 @@ def check_async_config(args: Any) -> None:
                 f"`{name}` is {getattr(args, name)!r}, expected one of {choices}. Set it so, or leave it out for the "
                 f"default, {choices[0]!r}."
             )
-    if not 0.0 <= args.routing_replay_max_missing <= 1.0:
-        raise ValueError(
-            f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "
-            "Set `routing_replay_max_missing=0.0` to allow no missing row."
-        )
 
 
 def check_worker(worker: Any) -> None:
@@ -123,13 +119,7 @@ def warn_of_ratio(args: Any, info: dict[str, Any]) -> None:
         info (dict of `str`):
             The config of the server.
     """
-    cuts = {
-        "top_p": args.top_p < 1.0,
-        "top_k": args.top_k > 0,
-        "min_p": bool(args.min_p),
-        "repetition_penalty": args.repetition_penalty != 1.0,
-    }
-    named = ", ".join(f"{name}={getattr(args, name)}" for name, is_set in cuts.items() if is_set)
+    named = ", ".join(filter(None, (truncation(args), penalties(args))))
     mode = (info.get("model_config") or {}).get("logprobs_mode")
     if named:
         warn(

@@ -28,10 +28,6 @@ class ScoringTrainer(ReplayingTrainer, Protocol):
     """What a session asks of a trainer, beside what attaching does."""
 
     ref_model: Any
-    top_p: float
-    top_k: int
-    min_p: float | None
-    repetition_penalty: float
 
 
 class Attachment:

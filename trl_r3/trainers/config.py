@@ -179,11 +179,6 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
         `ValueError`: Naming the field, its value and what to set instead.
     """
     check_types(args)
-    if not 0.0 <= args.routing_replay_max_missing <= 1.0:
-        raise ValueError(
-            f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "
-            "Set `routing_replay_max_missing=0.0` to allow no missing row."
-        )
     for name, does in (("routing_replay_compare_every", "compare"), ("routing_replay_load_every", "log the load")):
         if getattr(args, name) < 0:
             raise ValueError(
@@ -202,7 +197,8 @@ def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
 
 def check_types(args: Any) -> None:
     """
-    Refuse values of another type: settings of files and sweeps come as None or as text, and `"false"` would be true.
+    Refuse values of another type, for settings of files and sweeps come as None or as text, and `"false"` would be
+    true, and a share that is none.
 
     `off` without quotes is a boolean in YAML, so `routing_replay_alarm` takes it. Paths become text.
 
@@ -233,6 +229,11 @@ def check_types(args: Any) -> None:
                 f"`{each.name}` is {value!r}, expected {expected}. Set it so, or leave it out for the default, "
                 f"{each.default!r}."
             )
+    if not 0.0 <= args.routing_replay_max_missing <= 1.0:
+        raise ValueError(
+            f"`routing_replay_max_missing` is {args.routing_replay_max_missing}, but it is a share between 0 and 1. "
+            "Set `routing_replay_max_missing=0.0` to allow no missing row."
+        )
 
 
 def _check_folders(args: Any) -> None:

@@ -105,12 +105,9 @@ class LoadLog:
         if not load.counts_LE.any():  # the loss depends on no row
             return {}
         by_name = {"max_over_mean": load.max_over_mean, "dead_experts": load.dead_experts, "entropy": load.entropy}
-        worst = {
-            "max_over_mean": load.max_over_mean.max(),
-            "dead_experts": load.dead_experts.max(),
-            "entropy": load.entropy.min(),
-        }
-        logged = {f"{PREFIX}/{name}": value.item() for name, value in worst.items()}
-        for index, layer in enumerate(self._layout.moe_layers):
-            logged |= {f"{PREFIX}/layer_{layer}/{name}": each[index].item() for name, each in by_name.items()}
+        logged: dict[str, float] = {}
+        for name, each in by_name.items():
+            logged[f"{PREFIX}/{name}"] = (each.min() if name == "entropy" else each.max()).item()  # of the worst layer
+            for layer, value in zip(self._layout.moe_layers, each.tolist(), strict=True):
+                logged[f"{PREFIX}/layer_{layer}/{name}"] = value
         return logged

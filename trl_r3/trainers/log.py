@@ -107,39 +107,44 @@ def counted_tokens(batch: dict[str, Any]) -> Tensor:
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
-def truncation(trainer: Any) -> str:
+def truncation(args: Any) -> str:
     """What cuts the distribution that rollouts are drawn from, by name."""
-    own = {"top_p": trainer.top_p, "top_k": trainer.top_k, "min_p": trainer.min_p}
-    sampling = {**own, **(trainer.args.generation_kwargs or {})}  # TRL lets these override its own
+    own = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
+    sampling = {**own, **_own_kwargs(args)}
     top_p, top_k, min_p = (sampling[name] for name in own)
     cut = {"top_p": top_p is not None and top_p < 1.0, "top_k": (top_k or 0) > 0, "min_p": (min_p or 0) > 0}
     return ", ".join(f"{name}={sampling[name]}" for name, cuts in cut.items() if cuts)
 
 
-def penalties(trainer: Any) -> str:
+def penalties(args: Any) -> str:
     """What else changes the distribution that rollouts are drawn from, which no sampling mask tells, by name."""
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    neutral["temperature"] = trainer.temperature  # which training divides by, too
-    sampling = {"repetition_penalty": trainer.repetition_penalty, **(trainer.args.generation_kwargs or {})}
+    neutral["temperature"] = args.temperature  # which training divides by, too
+    sampling = {"repetition_penalty": args.repetition_penalty, **_own_kwargs(args)}
     changed = {name: sampling[name] for name in neutral if sampling.get(name) not in (None, neutral[name])}
     return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
-def samples_another(trainer: Any, masks: bool) -> bool:
+def _own_kwargs(args: Any) -> dict[str, Any]:
+    """Sampling settings that TRL lets override its own; AsyncGRPO has none."""
+    return getattr(args, "generation_kwargs", None) or {}
+
+
+def samples_another(args: Any, masks: bool) -> bool:
     """Whether log-probabilities of vLLM are those of another distribution than training's, with masks or without."""
-    return trainer.use_vllm and bool(penalties(trainer) or (not masks and truncation(trainer)))
+    return args.use_vllm and bool(penalties(args) or (not masks and truncation(args)))
 
 
-def warn_of_sampling(trainer: Any, masks: bool) -> None:
+def warn_of_sampling(args: Any, masks: bool) -> None:
     """Say once, at construction, which sampling settings training does not know."""
-    effect = ", so that every importance ratio is off, and `sampling/*` is not logged" if trainer.use_vllm else ""
-    if not masks and (named := truncation(trainer)):
+    effect = ", so that every importance ratio is off, and `sampling/*` is not logged" if args.use_vllm else ""
+    if not masks and (named := truncation(args)):
         warn(
             f"{named} cuts the distribution that rollouts are drawn from, but training normalises over the whole "
             f"vocabulary{effect}. Set `use_sampling_mask_replay=True` to train over the tokens that were kept, or "
             "`top_p=1.0`, `top_k=0` and `min_p=None`."
         )
-    if named := penalties(trainer):
+    if named := penalties(args):
         warn(
             f"{named} changes the distribution that rollouts are drawn from, but training scores the model without "
             f"it{effect}. Leave penalties out, and set `temperature` of the config, not of `generation_kwargs`."

@@ -24,7 +24,7 @@ class RoutingReplayMixin(ReplayLifecycle):
         check_parent(type(self), AttachedTrainer)
 
     def _warn_of_sampling(self, masks):
-        warn_of_sampling(self, masks)
+        warn_of_sampling(self.args, masks)
 
     def rollout_turn(self, prompt_ids: list[list[int]]) -> tuple[Turn, list | None]:
         """
@@ -74,7 +74,7 @@ class RoutingReplayMixin(ReplayLifecycle):
         r3 = self._r3
         if r3 is None or r3.evaluates:
             batch = super()._generate_and_score_completions(inputs)
-            is_plain = r3 is None and self.model.training and not samples_another(self, masks=False)
+            is_plain = r3 is None and self.model.training and not samples_another(self.args, masks=False)
             if is_plain and self._deciding is not None:
                 self._deciding.look_at_batch(batch)
             return batch

@@ -287,7 +287,7 @@ class ReplaySession:
 
     def rollout_logprobs(self, batch: dict[str, Any], samples: list[Sample]) -> Tensor | None:
         """(B, C) log-probabilities that the rollout sampled with, where they are over the tokens of training."""
-        if samples_another(self.trainer, self.masks):
+        if samples_another(self.trainer.args, self.masks):
             return None  # which would look like mismatch
         return sampled_logprobs(batch, samples)
 
