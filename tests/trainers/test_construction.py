@@ -151,10 +151,19 @@ def test_a_trainer_with_a_switch_says_nothing(qwen3, settings, switch, recwarn):
     assert not [each for each in recwarn if "use_routing_replay" in str(each.message)]
 
 
-def test_a_value_that_was_changed_later_is_named(qwen3, settings):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("use_routing_replay", "false", "is 'false'"),
+        ("routing_replay_mode", "R2", "='R2'` replays what the old-policy forward recorded, but TRL skips"),
+        ("routing_replay_shift_weight", True, "` compares the routers of an update with those of the old-policy"),
+        ("routing_replay_trace_every", 0, "` is 0, but it counts steps"),
+    ],
+)
+def test_a_value_that_was_changed_later_is_named(qwen3, settings, name, value, message):
     config = settings()
-    config.use_routing_replay = "false"
-    with pytest.raises(ValueError, match="`use_routing_replay` is 'false'"):
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"`{name}.*{message}"):
         trainer_with(config, qwen3())
 
 

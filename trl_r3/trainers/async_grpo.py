@@ -62,8 +62,8 @@ class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
         },
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_replay(self):
+        """Refuse values that cannot work."""
         check_async_config(self)
 
 
@@ -91,8 +91,6 @@ class R3AsyncGRPOTrainer(AttachedTrainer, AsyncGRPOTrainer):
         config: Any = config_from(args, kwargs)
         replays = bool(getattr(config, "use_routing_replay", False))
         check_setup(config, kwargs.get("model", args[0] if args else None), replays, masks=False)
-        if replays:
-            check_async_config(config)
         super().__init__(*args, **kwargs)
         if not replays:
             warn_if_off(type(self), config)

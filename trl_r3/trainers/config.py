@@ -164,6 +164,14 @@ class RoutingReplayConfigMixin:
         },
     )
 
+    def __post_init__(self):
+        super().__post_init__()  # type: ignore[misc]
+        self.check_replay()
+
+    def check_replay(self) -> None:
+        """Refuse values that cannot work; where a trainer is built, too, as fields can be set after this was made."""
+        check_types(self)
+
 
 def check_config(args: Any, *, has_old_policy_forward: bool) -> None:
     """

@@ -18,7 +18,7 @@ from ..engines.vllm_colocate import recording_llm
 from ..engines.vllm_masks import check_mask_settings
 from ..engines.vllm_server import recording_client
 from ..routers.discovery import refuse_dense
-from .config import RoutingReplayConfigMixin, check_types
+from .config import RoutingReplayConfigMixin
 
 _NEEDED = (
     "_generate_single_turn",
@@ -102,7 +102,7 @@ def check_setup(config: Any, model: Any, routes: bool, masks: bool) -> None:
         `ValueError`: Naming what cannot work and what to set instead.
     """
     if isinstance(config, RoutingReplayConfigMixin):
-        check_types(config)  # fields can be set after the config was made
+        config.check_replay()
     if (routes or masks) and config.torch_compile:
         what, switch = "sampling masks", "use_sampling_mask_replay"
         if routes:

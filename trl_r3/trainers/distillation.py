@@ -18,8 +18,8 @@ class R3DistillationConfig(RoutingReplayConfigMixin, DistillationConfig):
     [`RoutingReplayConfigMixin`].
     """
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_replay(self):
+        """Refuse values that cannot work."""
         check_student_config(self)
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
-from .config import check_config, has_old_policy_forward
 from .mixin import RoutingReplayMixin
-from .shift_config import RouterShiftConfigMixin, check_shift
+from .shift_config import RouterShiftConfigMixin
 
 
 @dataclass
@@ -17,11 +16,6 @@ class R3GMPOConfig(RouterShiftConfigMixin, GMPOConfig):
     Configuration class for the [`R3GMPOTrainer`]: [`~trl.experimental.gmpo.GMPOConfig`] and the fields of
     [`RouterShiftConfigMixin`].
     """
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_config(self, has_old_policy_forward=has_old_policy_forward(self))
-        check_shift(self)
 
 
 class R3GMPOTrainer(RoutingReplayMixin, GMPOTrainer):

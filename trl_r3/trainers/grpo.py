@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from trl import GRPOConfig, GRPOTrainer
 
-from .config import check_config, has_old_policy_forward
 from .mixin import RoutingReplayMixin
-from .shift_config import RouterShiftConfigMixin, check_shift
+from .shift_config import RouterShiftConfigMixin
 
 
 @dataclass
@@ -51,11 +50,6 @@ class R3GRPOConfig(RouterShiftConfigMixin, GRPOConfig):
     >>> args = R3GRPOConfig("out", use_routing_replay=True, use_vllm=True)
     ```
     """
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_config(self, has_old_policy_forward=has_old_policy_forward(self))
-        check_shift(self)
 
 
 class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):

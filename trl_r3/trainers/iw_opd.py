@@ -21,8 +21,8 @@ class R3IWOPDConfig(RoutingReplayConfigMixin, IWOPDConfig):
     [`RoutingReplayConfigMixin`].
     """
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_replay(self):
+        """Refuse values that cannot work."""
         check_student_config(self)
 
 

@@ -16,8 +16,8 @@ class R3RLOOConfig(RoutingReplayConfigMixin, RLOOConfig):
     Configuration class for the [`R3RLOOTrainer`]: [`~trl.RLOOConfig`] and the fields of [`RoutingReplayConfigMixin`].
     """
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_replay(self):
+        """Refuse values that cannot work."""
         check_config(self, has_old_policy_forward=True)
 
 

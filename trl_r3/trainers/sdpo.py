@@ -18,8 +18,8 @@ class R3SDPOConfig(RoutingReplayConfigMixin, SDPOConfig):
     [`RoutingReplayConfigMixin`].
     """
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_replay(self):
+        """Refuse values that cannot work."""
         assert self.steps_per_generation is not None  # the parent has set it
         updates = self.steps_per_generation * self.num_iterations
         check_student_config(self, has_old_policy_forward=self.gradient_accumulation_steps % updates != 0)

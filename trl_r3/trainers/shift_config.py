@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .config import RoutingReplayConfigMixin, has_old_policy_forward
+from .config import RoutingReplayConfigMixin, check_config, has_old_policy_forward
 
 
 @dataclass
@@ -27,6 +27,11 @@ class RouterShiftConfigMixin(RoutingReplayConfigMixin):
             "rollout, as in RSPO (arXiv 2510.23027): down to 0.8, and by 1 where they have not."
         },
     )
+
+    def check_replay(self):
+        """Refuse values that cannot work."""
+        check_config(self, has_old_policy_forward=has_old_policy_forward(self))
+        check_shift(self)
 
 
 def check_shift(args: RouterShiftConfigMixin) -> None:
