@@ -74,9 +74,9 @@ class RoutingReplayMixin(ReplayLifecycle):
         r3 = self._r3
         if r3 is None or r3.evaluates:
             batch = super()._generate_and_score_completions(inputs)
-            if self._deciding is not None and r3 is None and self.model.training:
-                if not samples_another(self.args, masks=False):
-                    self._deciding.look_at_batch(batch)
+            watch = self._deciding if r3 is None else None
+            if watch is not None and self.model.training and not samples_another(self.args, masks=False):
+                watch.look_at_batch(batch)
             return batch
         if r3.tracer is not None:
             r3.tracer.begin()
