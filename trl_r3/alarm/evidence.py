@@ -27,9 +27,9 @@ MIN_ROWS = 250
 
 
 _TO_CHECK = (
-    "Check the version of the engine and its routed-experts flag, that it serves the trained weights, the order in "
-    "which a `rollout_func` returns samples, and where its rows begin (the first is that of the first prompt token). "
-    "`routing_replay_alarm='warn'` trains on."
+    "Check the version of the engine and its routed-experts flag, that it serves the trained weights, that training "
+    "drops little out (`disable_dropout=True`), the order in which a `rollout_func` returns samples, and where its "
+    "rows begin (the first is that of the first prompt token). `routing_replay_alarm='warn'` trains on."
 )
 
 
