@@ -5,6 +5,9 @@ Legend: S steps, L MoE layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,16 +146,12 @@ def _to_tensorboard(args: Any, tag: str, image: np.ndarray, step: int) -> None:
         writer.add_image(tag, image, step, dataformats="HWC")
 
 
-def _to_wandb(args: Any, tag: str, image: np.ndarray, step: int) -> None:
-    import wandb
-
-    wandb.log({tag: wandb.Image(image), "train/global_step": step})  # the run that Transformers began
-
-
-def _to_trackio(args: Any, tag: str, image: np.ndarray, step: int) -> None:
-    import trackio
-
-    trackio.log({tag: trackio.Image(image), "train/global_step": step})
+def _to_run_of(tracker: str, args: Any, tag: str, image: np.ndarray, step: int) -> None:
+    module = import_module(tracker)
+    module.log({tag: module.Image(image), "train/global_step": step})  # the run that Transformers began
 
 
-_TRACKERS = {"tensorboard": _to_tensorboard, "wandb": _to_wandb, "trackio": _to_trackio}
+_TRACKERS: dict[str, Callable[..., None]] = {
+    "tensorboard": _to_tensorboard,
+    **{name: partial(_to_run_of, name) for name in ("wandb", "trackio")},
+}

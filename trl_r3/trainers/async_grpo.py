@@ -63,7 +63,6 @@ class R3AsyncGRPOConfig(RoutingReplayConfigMixin, AsyncGRPOConfig):
     )
 
     def check_replay(self):
-        """Refuse values that cannot work."""
         check_async_config(self)
 
 

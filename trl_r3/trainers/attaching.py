@@ -17,17 +17,12 @@ from .router_shift import RouterShift, shifts
 
 
 class ReplayingTrainer(SamplingTrainer, Protocol):
-    """What attaching asks of a trainer, beside what engines do. Its arguments are a [`RoutingReplayConfigMixin`]."""
+    """What replay asks of a trainer, beside what engines do. Its arguments are a [`RoutingReplayConfigMixin`]."""
 
     args: Any
     model: Any
-    state: Any
-
-
-class ScoringTrainer(ReplayingTrainer, Protocol):
-    """What a session asks of a trainer, beside what attaching does."""
-
     ref_model: Any
+    state: Any
 
 
 class Attachment:

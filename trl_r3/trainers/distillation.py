@@ -19,7 +19,6 @@ class R3DistillationConfig(RoutingReplayConfigMixin, DistillationConfig):
     """
 
     def check_replay(self):
-        """Refuse values that cannot work."""
         check_student_config(self)
 
 

@@ -22,7 +22,6 @@ class R3IWOPDConfig(RoutingReplayConfigMixin, IWOPDConfig):
     """
 
     def check_replay(self):
-        """Refuse values that cannot work."""
         check_student_config(self)
 
 

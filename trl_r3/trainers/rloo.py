@@ -17,7 +17,6 @@ class R3RLOOConfig(RoutingReplayConfigMixin, RLOOConfig):
     """
 
     def check_replay(self):
-        """Refuse values that cannot work."""
         check_config(self, has_old_policy_forward=True)
 
 

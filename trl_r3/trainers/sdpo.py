@@ -19,7 +19,6 @@ class R3SDPOConfig(RoutingReplayConfigMixin, SDPOConfig):
     """
 
     def check_replay(self):
-        """Refuse values that cannot work."""
         assert self.steps_per_generation is not None  # the parent has set it
         updates = self.steps_per_generation * self.num_iterations
         check_student_config(self, has_old_policy_forward=self.gradient_accumulation_steps % updates != 0)

@@ -25,7 +25,7 @@ from ..masks.restricted_head import restricted_head
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from ..records.unpadded_rows import recorded_rows
 from ._compat_trainers import forget_buffered_inputs
-from .attaching import Attachment, ScoringTrainer
+from .attaching import Attachment, ReplayingTrainer
 from .load_log import LoadLog
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, samples_another
 from .rollout import KeptRollouts, Rollout, Scoring, Turns, note_rows_that_matter
@@ -40,7 +40,7 @@ class ReplaySession:
     The state of a trainer that replays, behind its one attribute.
 
     Args:
-        trainer ([`ScoringTrainer`]):
+        trainer ([`ReplayingTrainer`]):
             The trainer.
         routes, masks (`bool`):
             What is replayed: experts, the tokens that sampling kept, or both.
@@ -48,7 +48,7 @@ class ReplaySession:
             Batches before the present one whose rollouts are kept.
     """
 
-    def __init__(self, trainer: ScoringTrainer, routes: bool, masks: bool, earlier: int = 0):
+    def __init__(self, trainer: ReplayingTrainer, routes: bool, masks: bool, earlier: int = 0):
         self.trainer, self.routes, self.masks = trainer, routes, masks
         self.attachment = Attachment(trainer)
         self.rollouts = KeptRollouts(earlier)

@@ -29,7 +29,6 @@ class RouterShiftConfigMixin(RoutingReplayConfigMixin):
     )
 
     def check_replay(self):
-        """Refuse values that cannot work."""
         check_config(self, has_old_policy_forward=has_old_policy_forward(self))
         check_shift(self)
 
