@@ -195,8 +195,27 @@ def test_a_cache_that_only_the_config_wants_is_not_made():
     model = tiny_qwen3_moe()
     assert model.config.use_cache
     with RouterReplay(model, padding="auto") as replay, replay.replay(foreign_record(replay, 4, 12)):
-        output = model(input_ids=IDS, attention_mask=MASK)
-        assert output.past_key_values is None or output.past_key_values.get_seq_length() == 12
+        for called in (model, model.model):  # whose own module asks for none, nor for not one
+            output = called(input_ids=IDS, attention_mask=MASK)
+            assert output.past_key_values is None or output.past_key_values.get_seq_length() == 12
+
+
+def test_hidden_states_that_only_the_config_wants_are_those_of_the_batch():
+    model = tiny_qwen3_moe()
+    with RouterReplay(model, padding="auto") as replay:
+        model.config.output_hidden_states = True
+        with replay.replay(foreign_record(replay, 4, 12)):
+            output = model(input_ids=IDS, attention_mask=MASK)
+        assert {states.shape[:2] for states in output.hidden_states} == {(4, 12)}
+
+
+def test_a_tuple_is_not_packed():
+    found = []
+    for padding in ("keep", "auto"):
+        model = tiny_qwen3_moe()
+        with RouterReplay(model, padding=padding) as replay, replay.replay(foreign_record(replay, 4, 12)):
+            found.append(model.model(input_ids=IDS, attention_mask=MASK, use_cache=False, return_dict=False)[0])
+    torch.testing.assert_close(*(hidden[MASK.bool()] for hidden in found), rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_without_a_real_token():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from engines.tiny_chat import tiny_qwen3_moe
+from model_zoo import build_tiny
 from oracles import give_forward
 from peft import LoraConfig, get_peft_model
 
@@ -97,6 +98,19 @@ def test_its_forward_alone_would_not_have_told(wrong, monkeypatch):
     wrong(model, monkeypatch)
     with RouterReplay(model, padding="auto") as replay:
         assert str(replay.padding) == "skipped"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_one_sequence_tells_the_next_is_no_rounding(dtype, monkeypatch):
+    """Convolutions of new weights move logits by less than a half type rounds them."""
+    model = build_tiny("lfm2_moe", initializer_range=0.02, dtype=dtype)
+    with RouterReplay(model, padding="auto") as replay:
+        assert "tokens of a packed sequence change logits of others (by" in replay.padding.why
+    with RouterReplay(tiny_qwen3_moe().to(dtype), padding="auto") as replay:
+        assert replay.padding.why is None
+    monkeypatch.setattr(PaddingTrial, "crosstalk", lambda self: 0.0)  # the wrong variant
+    with RouterReplay(model, padding="auto") as replay:
+        assert replay.padding.why is None
 
 
 def frozen(model):

@@ -22,7 +22,7 @@ from .compaction import RealRows
 from .patches import ActivePass
 
 _ATTENTION = "sdpa"  # whose kernel takes a sequence without a mask
-_FORWARD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+_FORWARD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache"}
 
 
 @dataclass
@@ -72,12 +72,11 @@ class PackedBatch:
         if positions is None:  # of the padded batch, as the module would count them
             positions = torch.arange(width, device=given.device)
         rest = {name: value for name, value in kwargs.items() if name not in _FORWARD}
-        if "use_cache" in rest:  # which a config may switch on, and which would hold one sequence
-            rest["use_cache"] = False
         output = forward(
             **{name: rows.real(given.flatten(0, 1))[None]},
             position_ids=rows.real(positions.expand(batch_size, width).flatten())[None],
             attention_mask=None,
+            use_cache=False,  # a config may want one, which would hold one sequence
             **rest,
         )
         hidden = output.last_hidden_state

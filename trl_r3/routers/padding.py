@@ -140,7 +140,7 @@ class Padding:
     ) -> PackedBatch | TrimmedBatch | RealRows | None:
         """What of a forward over `main` all layers see, or only the experts; `None` where all see all of it."""
         mask, shrinks = kwargs.get("attention_mask"), self._packs or self._trims
-        self._why_padded = why_padded(args, kwargs) if shrinks else None
+        self._why_padded = why_padded(args, kwargs, getattr(self.stack, "config", None)) if shrinks else None
         if not (shrinks or self._experts) or not torch.is_tensor(mask) or mask.shape != main.shape[:2]:
             return None
         if self._is_watched():
@@ -208,8 +208,11 @@ class Padding:
         assert attention is not None  # it has seen the padded run
         why = attention.why_not()
         if why is None:
+            padded = trial.crosstalk()
             self._packs = True
             why = trial.differs()
+            if why is None and (packed := trial.crosstalk()) > 4 * padded:  # where sums keep no order, both are noise
+                why = f"tokens of a packed sequence change logits of others (by {packed:.2g}, padded {padded:.2g})"
         if why is None and self._why_padded is not None:
             why = f"{type(self.stack).__name__} stays padded where {self._why_padded}"
         self._packs = False

@@ -53,6 +53,7 @@ class PaddingTrial:
         scores = torch.rand(*self._mask_BT.shape, len(layout.moe_layers), layout.num_experts, generator=generator)
         self._record_BTLK = scores.argsort(-1)[..., : layout.top_k]
         self._expected: Values = {}
+        self._last: Tensor | None = None  # logits of the run before
         self._tolerance = 0.0
 
     def pad(self) -> str | None:
@@ -74,6 +75,23 @@ class PaddingTrial:
                 return f"packed and padded {name} differ (by {difference:.2g}, where {allowed:.2g} is rounding)"
         return None
 
+    def crosstalk(self) -> float:
+        """
+        By how much the logits of other sequences change with the tokens of the first, from the last run to one more.
+
+        What one sequence tells the next may be less than rounding while weights are new, and more once they learn.
+        Where sums keep their order, it is nothing in a padded run, in any dtype.
+        """
+        assert self._last is not None  # there was one
+        ids_BT = self._ids_BT.clone()
+        ids_BT[0] = ids_BT[1]
+        try:
+            with evaluating(self.model), self._in_graph(), self._leaves():
+                changed = self._logits(ids_BT).detach()
+        finally:
+            self._tidy()
+        return float((changed - self._last)[_LENGTHS[0][1] :].abs().max())
+
     def _try(self, how: str) -> Values | str:
         try:
             return self._run()
@@ -81,17 +99,26 @@ class PaddingTrial:
             # whatever it is, a padded forward does without
             return f"a {how} forward or backward raises {type(error).__name__} ({str(error)[:200]})"
         finally:
-            shard_again(self.model)
-            forget_forwards(self.model)
+            self._tidy()
+
+    def _tidy(self) -> None:
+        shard_again(self.model)
+        forget_forwards(self.model)
+
+    def _in_graph(self) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(not only_its_engine_goes_back(self.model))
 
     def _run(self) -> Values:
-        goes_back = not only_its_engine_goes_back(self.model)
-        with evaluating(self.model), torch.set_grad_enabled(goes_back), self._leaves() as leaves:
-            with self.replay.replay(self._record_BTLK):
-                logits = self.model(input_ids=self._ids_BT, attention_mask=self._mask_BT, use_cache=False).logits
-            logits_NV = logits[self._mask_BT.bool().to(logits.device)]
-            values: Values = {"logits": [logits_NV.detach()]}
-            return values | self._gradients(logits_NV, leaves) if goes_back else values
+        with evaluating(self.model), self._in_graph(), self._leaves() as leaves:
+            logits_NV = self._logits(self._ids_BT)
+            self._last = logits_NV.detach()
+            values: Values = {"logits": [self._last]}
+            return values | self._gradients(logits_NV, leaves) if logits_NV.requires_grad else values
+
+    def _logits(self, ids_BT: Tensor) -> Tensor:
+        with self.replay.replay(self._record_BTLK):
+            logits = self.model(input_ids=ids_BT, attention_mask=self._mask_BT, use_cache=False).logits
+        return logits[self._mask_BT.bool().to(logits.device)]
 
     def _gradients(self, logits_NV: Tensor, leaves: dict[str, list[Tensor]]) -> Values:
         """Of a loss that every logit counts in."""

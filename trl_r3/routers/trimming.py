@@ -59,9 +59,7 @@ class TrimmedBatch:
         width, left = self.size[1], self.left
         cut = {name: kwargs[name] for name in _CUT if kwargs.get(name) is not None}
         cut = {name: value[:, :left] if name == "inputs_embeds" else value[..., :left] for name, value in cut.items()}
-        if "use_cache" in kwargs:  # which a config may switch on, and which would be as short
-            cut["use_cache"] = False
-        output = forward(**{**kwargs, **cut})
+        output = forward(**{**kwargs, **cut, "use_cache": False})  # a config may want one, which would be as short
         output.last_hidden_state = F.pad(output.last_hidden_state, (0, 0, 0, width - left))
         if output.get("router_logits") is not None:
             output.router_logits = tuple(map(self.padded, output.router_logits))

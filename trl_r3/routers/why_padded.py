@@ -1,4 +1,4 @@
-"""What of the arguments of a forward speaks against packing it."""
+"""What of a forward's arguments, or of the config where they say nothing, speaks against packing it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ def _is_of(value: Any, size: torch.Size) -> bool:
     return torch.is_tensor(value) and value.ndim > 1 and value.shape[:2] == size
 
 
-def why_padded(args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Why a forward is not packed, by its arguments; `None` where nothing speaks against it."""
+def why_padded(args: tuple, kwargs: dict[str, Any], config: Any = None) -> str | None:
+    """Why a forward of the module with this config is not packed; `None` where nothing speaks against it."""
+
+    def asked_for(name: str) -> Any:
+        value = kwargs.get(name)
+        return getattr(config, name, None) if value is None else value
+
     mask, ids, positions = kwargs.get("attention_mask"), kwargs.get("input_ids"), kwargs.get("position_ids")
     embeds = kwargs.get("inputs_embeds")
     given = ids if embeds is None else embeds
@@ -28,7 +33,9 @@ def why_padded(args: tuple, kwargs: dict[str, Any]) -> str | None:
     beside = [name for name, value in kwargs.items() if name not in _OF_TOKENS and _is_of(value, given.shape[:2])]
     if beside:
         return f"it is given {', '.join(beside)} of (batch, tokens)"
-    asked = [name for name in ("output_hidden_states", "output_attentions", "use_cache") if kwargs.get(name)]
+    asked = [name for name in ("output_hidden_states", "output_attentions") if asked_for(name)]
+    asked += ["use_cache"] if kwargs.get("use_cache") else []  # a config asks for one by default
+    asked += ["a tuple"] if asked_for("return_dict") is False else []
     if asked or any(kwargs.get(name) is not None for name in _CACHES):
         return f"it is asked for {', '.join(asked) or 'a cache'}"
     return None
