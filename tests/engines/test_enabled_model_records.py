@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import numpy as np
@@ -56,6 +57,22 @@ def test_a_prompt_row_matters_to_the_loss_of_the_completion(qwen, ids):
     mask[1, :3] = 0  # as left padding has it
     routes[1, :3] = -1
     assert torch.isfinite(qwen(ids, attention_mask=mask, labels=labels, routed_experts=routes).loss)
+
+
+def test_arguments_by_position_are_those_by_name(qwen, ids):
+    routes = record_of(qwen, ids)
+    enable_routing_replay(qwen)
+    names = [*inspect.signature(type(qwen).forward).parameters][1:]
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    routes[1, :3] = -1
+    labels = ids.masked_fill(mask == 0, -100)
+    assert torch.isfinite(qwen(ids, mask, labels=labels, routed_experts=routes).loss)
+    routes[0, 4] = -1
+    by_position = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    positional = [by_position.get(name) for name in names[: names.index("labels") + 1]]
+    with pytest.raises(ValueError, match="sample 0: the row of position 4 is missing"):
+        qwen(*positional, routed_experts=routes)
 
 
 def test_packed_documents_end_with_a_missing_row(qwen, ids):

@@ -157,6 +157,34 @@ def test_the_model_keeps_its_weights_and_is_given_back():
         assert torch.equal(model(IDS).logits, live), "without a graph it routes live"
 
 
+@pytest.mark.parametrize("lag", [1, 2])
+def test_steps_that_pytorch_does_not_count(lag):
+    """Optimizers that write into `data`, as DeepSpeed does, or through a kernel."""
+    model = tiny_qwen3_moe()
+    replay = enable_routing_replay(model, lag=lag)
+    kept = []
+    for step in range(4):
+        kept.append([gate.weight.detach().clone() for gate in gates(model)])
+        versions = [gate.weight._version for gate in gates(model)]
+        for _ in range(2):  # micro-batches
+            model(IDS, labels=IDS, use_cache=False)
+            older = replay.steady_pass.keywords["older"]
+            for index, expected in enumerate(kept[max(step - lag, 0)]):
+                with older.at_work(index):
+                    assert torch.equal(gates(model)[index].weight, expected)
+        for gate in gates(model):
+            gate.weight.data.add_(torch.randn(gate.weight.shape))
+        assert versions == [gate.weight._version for gate in gates(model)]
+
+
+@pytest.mark.parametrize("given", [{"lag": "2"}, {"lag": 1.5}, {"route_with": 3}, {"route_with": [1]}])
+def test_nothing_stays_of_what_is_no_lag(given):
+    model = tiny_qwen3_moe()
+    with pytest.raises((TypeError, AttributeError)):
+        enable_routing_replay(model, **given)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_negative_lag_is_refused():
     model = tiny_qwen3_moe()
     with pytest.raises(ValueError, match="`lag` is -1, but it counts optimizer steps back"):

@@ -236,6 +236,32 @@ def test_unknown_checkpoint_is_an_error(qwen, ids):
         loss.backward()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("steady", [False, True])
+def test_a_checkpoint_around_the_whole_model_never_recomputes_live(qwen, ids, reentrant, steady):
+    """It runs again what called the model: its record is there only if `replay()` still is."""
+    replay = RouterReplay(qwen)
+    record = foreign_record(replay, *ids.shape)
+    embeds = qwen.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def whole():
+        return checkpoint(lambda hidden: qwen(inputs_embeds=hidden).logits, embeds, use_reentrant=reentrant).sum()
+
+    with executed_ids(qwen) as seen, replay.replay(record):
+        whole().backward()
+    assert all(torch.equal(stacked(seen, ids.shape[0], call), record) for call in (0, 1))
+    replay.remove()
+    replay = RouterReplay(qwen)
+    replay.steady_recompute = steady
+    if steady:
+        loss = whole()
+    else:
+        with replay.replay(record):
+            loss = whole()
+    with pytest.raises(RuntimeError, match="Qwen3MoeModel is recomputed in backward by a checkpoint around all of it"):
+        loss.backward()
+
+
 class ClosesWithTheForward:
     """The classic mistake: the record sits on the router while the forward runs, and is gone in backward."""
 

@@ -81,17 +81,16 @@ def enable_routing_replay(
     replay = RouterReplay(model, gating, padding)
     lags = lag is not None or route_with is not None
     replay.steady_recompute = steady_recompute or lags
-    if lags:
-        try:
+    try:
+        if lags:
             replay.steady_pass = partial(LaggingPass, older=OlderRouters(replay.routers, lag, route_with))
-        except ValueError:
-            replay.remove()
-            raise
-    lm = find_causal_lm(model)
-    if lm is None:
+        lm = find_causal_lm(model)
+        if lm is None:
+            raise TypeError(f"{type(model).__name__} holds no Transformers model, so it has no `generate` to enable.")
+        _EnabledModel(lm, replay)
+    except BaseException:
         replay.remove()
-        raise TypeError(f"{type(model).__name__} holds no Transformers model, so it has no `generate` to enable.")
-    _EnabledModel(lm, replay)
+        raise
     return replay
 
 
@@ -138,11 +137,12 @@ class _EnabledModel:
 
     def _forward(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         routed_experts = kwargs.pop("routed_experts", None)
+        given = {**dict(zip(self.patches[0].__signature__.parameters, args, strict=False)), **kwargs}
         if routed_experts is None:
-            self._notice_live_loss(kwargs)
+            self._notice_live_loss(given)
             return forward(*args, **kwargs)
         batch = WholeBatch.of(routed_experts, self.replay.layout)
-        _check_missing(batch.record, self.replay.layout, kwargs)
+        _check_missing(batch.record, self.replay.layout, given)
         with self.replay.replay_from(batch):
             return forward(*args, **kwargs)
 

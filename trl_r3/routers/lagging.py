@@ -25,7 +25,7 @@ class OlderRouters:
     """
     The weights of routers, as they were some optimizer steps ago.
 
-    A step is told by the weights themselves: they were changed in place since the last forward that builds a graph.
+    A step is told by the weights themselves: they were changed since the last forward that builds a graph.
 
     Args:
         routers (sequence of [`Router`]):
@@ -56,11 +56,19 @@ class OlderRouters:
         """Keep the weights, if a step has changed them."""
         if not self._ages:
             return
-        versions = [edits(each) for router in self.routers for each in _state(router.module).values()]
-        if versions != self._versions:
+        now = [_state(router.module) for router in self.routers]
+        versions = [edits(each) for state in now for each in state.values()]
+        if versions != self._versions or self._moved(now):
             self._versions = versions
-            now = [_state(router.module) for router in self.routers]
             self._kept.append([{name: each.detach().clone() for name, each in state.items()} for state in now])
+
+    def _moved(self, now: list[dict[str, Tensor]]) -> bool:
+        """Whether they are others, though PyTorch counted no edit: kernels and DeepSpeed write past it."""
+        pairs = (
+            (own, kept[name]) for state, kept in zip(now, self._kept[-1], strict=True) for name, own in state.items()
+        )
+        moved = [(own.detach() != kept.to(own.device)).any() for own, kept in pairs]
+        return bool(torch.stack([each.to(moved[0].device) for each in moved]).any())
 
     @contextmanager
     def at_work(self, index: int) -> Iterator[None]:

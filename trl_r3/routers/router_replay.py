@@ -241,6 +241,12 @@ class RouterReplay:
         if self._recorded is not None:
             return self._record_stack(self._recorded, forward, args, kwargs)
         if torch.is_grad_enabled():
+            if (self._recomputes or self.steady_recompute) and in_backward():
+                raise RuntimeError(
+                    f"{type(self.stack).__name__} is recomputed in backward by a checkpoint around all of it, outside "
+                    "`replay()`, so its record is lost. Use `model.gradient_checkpointing_enable()`, or call "
+                    "`backward()` inside `replay()`."
+                )
             if self._guard is not None:
                 self._guard.meet_live(*get_batch(args, kwargs)[1].shape[:2])
             return self._live_stack(forward, args, kwargs)
@@ -281,7 +287,7 @@ class RouterReplay:
         # on the host it costs nothing to know; on a device, knowing would wait for it
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
-        self._recomputes = self._recomputes or torch.is_grad_enabled()
+        self._recomputes = True  # without a graph, too: a checkpoint around all of it may build one later
         stats = self._stats
         assert stats is not None  # replay_from() is around us
         asks = stats.log_scores is not None
