@@ -258,7 +258,7 @@ def test_a_checkpoint_around_the_whole_model_never_recomputes_live(qwen, ids, re
     else:
         with replay.replay(record):
             loss = whole()
-    with pytest.raises(RuntimeError, match="Qwen3MoeModel is recomputed in backward by a checkpoint around all of it"):
+    with pytest.raises(RuntimeError, match=r"Qwen3MoeModel is recomputed in backward .* inside `replay\(\)`"):
         loss.backward()
 
 

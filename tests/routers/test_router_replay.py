@@ -212,3 +212,31 @@ def test_compiling_an_attached_model_is_an_error_that_says_so(qwen, ids):
     expected = pytest.raises(RuntimeError, match="was compiled after routing replay was attached")
     with expected, replay.replay(recorded.routed_experts):
         qwen(ids)
+
+
+@pytest.mark.parametrize("first", ["compiled", "attached"])
+def test_layers_that_are_compiled_replay(qwen, ids, first):
+    """As Accelerate compiles regions: each layer by itself, before or after."""
+    torch.compiler.reset()
+    if first == "attached":
+        replay = RouterReplay(qwen, padding="auto")
+    for layer in qwen.model.layers:
+        layer.compile(backend="eager")
+    if first == "compiled":
+        replay = RouterReplay(qwen, padding="auto")
+    record = foreign_record(replay, *ids.shape)
+    with replay.replay(record), executed_ids(qwen) as seen:
+        qwen(ids)
+    assert torch.equal(stacked(seen, ids.shape[0]), record)
+    assert replay.padding.why is None
+
+
+@pytest.mark.parametrize("gating", ["intercept", "op"])
+def test_attaching_in_inference_mode(qwen, ids, gating):
+    with torch.inference_mode():
+        replay = RouterReplay(qwen, gating, padding="auto")
+    assert replay.padding.why is None
+    with replay.replay(foreign_record(replay, *ids.shape)):
+        loss = qwen(ids, labels=ids).loss
+    loss.backward()
+    assert all(router.module.weight.grad.abs().sum() > 0 for router in replay.routers)

@@ -40,8 +40,8 @@ def attachable(model: nn.Module) -> nn.Module:
         )
     if is_compiled(model) or is_compiled(unwrapped):
         raise ValueError(
-            f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to the model "
-            "before compiling, and do not compile it."
+            f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to a model "
+            "that is not; its layers may be, one by one (`layer.compile()`)."
         )
     if pipeline_size(unwrapped) > 1:
         raise UnsupportedRouterError(

@@ -28,6 +28,10 @@ from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, b
 from .trimming import TrimmedBatch
 
 GATINGS = ("auto", "intercept", "op")
+_LOST = (
+    "is recomputed in backward by a checkpoint that replay does not know, so its record is lost. Use "
+    "`model.gradient_checkpointing_enable()`"
+)
 _SMALLER = (PackedBatch, TrimmedBatch)  # what layers see in place of a padded batch
 
 
@@ -69,6 +73,7 @@ class RouterReplay:
     ```
     """
 
+    @torch.inference_mode(False)  # a check goes back, too
     def __init__(self, model: nn.Module, gating: str = "auto", padding: str = "keep"):
         if gating not in GATINGS:
             raise ValueError(f"`gating` is {gating!r}, expected one of {GATINGS}.")
@@ -86,9 +91,10 @@ class RouterReplay:
         self._source: RecordSource | None = None
         self._stats: ReplayStats | None = None
         self._recorded: RecordedRoutes | None = None
-        self._patches = [Patch(router.module, self._route, index) for index, router in enumerate(self.routers)] + [
-            Patch(self.stack, torch.compiler.disable(self._forward_stack))
-        ]
+        self._patches = [
+            Patch(router.module, torch.compiler.disable(self._route), index)
+            for index, router in enumerate(self.routers)
+        ] + [Patch(self.stack, torch.compiler.disable(self._forward_stack))]
         self.padding = Padding(self._modules, self._active) if padding == "auto" else None
         if self.padding is not None:
             self.padding.try_skipping(unwrapped, self)
@@ -220,10 +226,7 @@ class RouterReplay:
         if pass_ is not None:
             return pass_.route(index, forward, args, kwargs)
         if self._recomputes and in_backward():
-            raise RuntimeError(
-                f"{self.routers[index].name} is recomputed in backward by a checkpoint that replay does not know, so "
-                "its record is lost. Use `model.gradient_checkpointing_enable()`."
-            )
+            raise RuntimeError(f"{self.routers[index].name} {_LOST}.")
         return forward(*args, **kwargs)
 
     def _forward_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -242,11 +245,7 @@ class RouterReplay:
             return self._record_stack(self._recorded, forward, args, kwargs)
         if torch.is_grad_enabled():
             if (self._recomputes or self.steady_recompute) and in_backward():
-                raise RuntimeError(
-                    f"{type(self.stack).__name__} is recomputed in backward by a checkpoint around all of it, outside "
-                    "`replay()`, so its record is lost. Use `model.gradient_checkpointing_enable()`, or call "
-                    "`backward()` inside `replay()`."
-                )
+                raise RuntimeError(f"{type(self.stack).__name__} {_LOST}, or call `backward()` inside `replay()`.")
             if self._guard is not None:
                 self._guard.meet_live(*get_batch(args, kwargs)[1].shape[:2])
             return self._live_stack(forward, args, kwargs)

@@ -22,11 +22,11 @@ class UnsupportedRouterError(ValueError):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module gets its own mode back."""
+    """Evaluation mode without gradients, where nothing compiled runs; each module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:
