@@ -8,7 +8,8 @@ from oracles import some_rows
 
 from trl_r3 import MisalignedRecordError, RoutingLayout
 from trl_r3.records.samples import Sample, ScoredBatch
-from trl_r3.records.unpadded_rows import join_records, recorded_rows, sequence_lengths
+from trl_r3.records.sources import take_rows
+from trl_r3.records.unpadded_rows import join_records, recorded_rows, sequence_lengths, unpadded_positions
 
 LAYOUT = RoutingLayout((0, 1, 2), 3, 100, 2)
 EQUAL = torch.arange(5, 11)  # tokens of two samples whose routes differ
@@ -42,6 +43,23 @@ def test_lengths(position_ids, lengths):
 
 def test_padded_rows_are_not_packed():
     assert sequence_lengths(positions(8).expand(2, 8), 2, 8) is None
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_padded_row_whose_padding_has_position_0_stays_padded(left):
+    """One of a batch: two zeros of padding are no sequences of one token."""
+    (one,) = samples(EQUAL)
+    row = torch.zeros(1, 8, dtype=torch.int64)
+    mask, first = row.clone(), 2 if left else 0
+    row[0, first : first + 6], mask[0, first : first + 6] = EQUAL, 1
+    given = {"position_ids": ((mask.cumsum(1) - 1) * mask).clamp(min=0), "attention_mask": mask}
+    assert sequence_lengths(given["position_ids"], 1, 8) == ([1, 1, 6] if left else [6, 1, 1]), "the case itself"
+    batch = ScoredBatch([one], 4 if left else 2, LAYOUT)
+    rows = take_rows(batch, given, 1, 8, row)[0]
+    assert torch.equal(rows[first : first + 5], one.record)
+    assert unpadded_positions(given, 1, 8) is None
+    for unpadded in (None, torch.ones_like(mask)):
+        assert unpadded_positions({**given, "attention_mask": unpadded}, 1, 8) is given["position_ids"]
 
 
 def test_equal_tokens_keep_their_own_routes():

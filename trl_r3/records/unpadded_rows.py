@@ -5,7 +5,7 @@ Legend: N tokens of a forward, B batch, T tokens of a padded sequence, L MoE lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,15 @@ from .record import RoutingLayout, slice_samples
 
 if TYPE_CHECKING:
     from .samples import Sample
+
+
+def unpadded_positions(kwargs: Mapping[str, Any], batch_size: int, num_tokens: int) -> Any:
+    """Position ids of a forward that may hold its sequences in one row: of one whose mask calls no token padding."""
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if batch_size != 1 or positions is None:
+        return None
+    is_padded = torch.is_tensor(mask) and mask.shape == (1, num_tokens) and not bool(mask.all())
+    return None if is_padded else positions
 
 
 def sequence_lengths(position_ids: Any, batch_size: int, num_tokens: int) -> list[int] | None:

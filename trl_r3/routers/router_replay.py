@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import in_backward, is_compiled
+from .._compat import in_backward
 from ..records.metrics import ReplayStats
 from ..records.record import missing_rows
-from ..records.sources import RecordSource, WholeBatch
+from ..records.sources import RecordSource, WholeBatch, take_rows
+from ..records.unpadded_rows import unpadded_positions
 from .attachable import attachable, refuse_compiled
 from .discovery import find_routers
 from .gated import GatedRouter
 from .packing import PackedBatch
 from .padding import Padding, check_padding
 from .passes import LivePass, RecordedRoutes, RecordingPass, ReplayingPass, TrainingGuard, WhichAreReal
-from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch, take_rows
+from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch
 from .trimming import TrimmedBatch
 
 GATINGS = ("auto", "intercept", "op")
@@ -87,9 +88,8 @@ class RouterReplay:
         self._recomputes = False  # whether a recompute has to go through the experts of its forward
         self.steady_recompute = False  # whether live forwards that build a graph want that, too
         self.steady_pass: Callable[..., RecordingPass] = RecordingPass  # what these are then
-        self._guard: TrainingGuard | None = None
-        self._source: RecordSource | None = None
-        self._stats: ReplayStats | None = None
+        self.guard: TrainingGuard | None = None  # what meets the forwards of a training step
+        self._replayed: tuple[RecordSource, ReplayStats] | None = None
         self._recorded: RecordedRoutes | None = None
         self._patches = [
             Patch(router.module, torch.compiler.disable(self._route), index)
@@ -181,11 +181,11 @@ class RouterReplay:
     def replay_from(self, source: RecordSource) -> Iterator[ReplayStats]:
         """Like [`RouterReplay.replay`], for a batch whose rows several forwards share."""
         self._check_idle("replay")
-        self._source, self._stats = source, (stats := ReplayStats())
+        self._replayed = source, (stats := ReplayStats())
         try:
             yield stats
         finally:
-            self._source = self._stats = None
+            self._replayed = None
         if stats.forwards == 0:
             raise RuntimeError(
                 "no forward went through the model inside `replay()`, so nothing was replayed. Call the model that "
@@ -195,16 +195,11 @@ class RouterReplay:
     @contextmanager
     def guarded(self, guard: TrainingGuard | None) -> Iterator[None]:
         """Let `guard` meet the forwards inside that build a graph, or nothing."""
-        before, self._guard = self._guard, guard
+        before, self.guard = self.guard, guard
         try:
             yield
         finally:
-            self._guard = before
-
-    @property
-    def guard(self) -> TrainingGuard | None:
-        """What meets the forwards of a training step."""
-        return self._guard
+            self.guard = before
 
     def remove(self) -> None:
         """Give the model back as it was, bit for bit."""
@@ -217,7 +212,7 @@ class RouterReplay:
     def _check_idle(self, wanted: str) -> None:
         if not self._patches:
             raise RuntimeError(f"`{wanted}()` on a handle that was removed. Attach to the model again.")
-        busy = "record" if self._recorded is not None else "replay" if self._source is not None else None
+        busy = "record" if self._recorded is not None else "replay" if self._replayed is not None else None
         if busy is not None:
             raise RuntimeError(f"`{wanted}()` inside `{busy}()`: a forward either records or replays. Nest nothing.")
 
@@ -236,18 +231,17 @@ class RouterReplay:
                 "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
             )
         steadies = self.steady_recompute and torch.is_grad_enabled()
-        is_used = self._source is not None or self._recorded is not None or steadies
-        if is_used and any(map(is_compiled, self._compilable)):
+        if self._replayed is not None or self._recorded is not None or steadies:
             refuse_compiled(self._compilable)
-        if self._source is not None:
-            return self._replay_stack(self._source, forward, args, kwargs)
+        if self._replayed is not None:
+            return self._replay_stack(*self._replayed, forward, args, kwargs)
         if self._recorded is not None:
             return self._record_stack(self._recorded, forward, args, kwargs)
         if torch.is_grad_enabled():
             if (self._recomputes or self.steady_recompute) and in_backward():
                 raise RuntimeError(f"{type(self.stack).__name__} {_LOST}, or call `backward()` inside `replay()`.")
-            if self._guard is not None:
-                self._guard.meet_live(*get_batch(args, kwargs)[1].shape[:2])
+            if self.guard is not None:
+                self.guard.meet_live(*get_batch(args, kwargs)[1].shape[:2])
             return self._live_stack(forward, args, kwargs)
         return forward(*args, **kwargs)  # nothing to do, and nothing will be recomputed
 
@@ -270,13 +264,16 @@ class RouterReplay:
         if self.padding is not None and recorded.real is not None:
             pass_.real = self.padding.of_experts(recorded.real(main.shape[:2], kwargs.get("attention_mask")))
         output = self._run(pass_, forward, args, kwargs)
-        recorded.add(pass_.close().unflatten(0, main.shape[:2]), tokens, kwargs.get("position_ids"))
+        positions = unpadded_positions(kwargs, *main.shape[:2])
+        recorded.add(pass_.close().unflatten(0, main.shape[:2]), tokens, positions)
         return output
 
-    def _replay_stack(self, source: RecordSource, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _replay_stack(
+        self, source: RecordSource, stats: ReplayStats, forward: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         tokens, main = get_batch(args, kwargs)
         batch_size, num_tokens = main.shape[:2]
-        record_NLK = take_rows(source, kwargs.get("position_ids"), batch_size, num_tokens, tokens).flatten(0, 1)
+        record_NLK = take_rows(source, kwargs, batch_size, num_tokens, tokens).flatten(0, 1)
         skips = None if self.padding is None else self.padding.rows(source, main, args, kwargs)
         mask, observed_M = kwargs.get("attention_mask"), source.observed
         attended_N = attended_tokens(mask, batch_size, num_tokens)
@@ -287,8 +284,6 @@ class RouterReplay:
         has_missing = record_NLK.device.type != "cpu" or bool(missing_rows(record_NLK, self.layout).any())
         replayed_NLK = record_NLK.to(main.device)
         self._recomputes = True  # without a graph, too: a checkpoint around all of it may build one later
-        stats = self._stats
-        assert stats is not None  # replay_from() is around us
         asks = stats.log_scores is not None
         pass_ = ReplayingPass(self.routers, self.layout, replayed_NLK, has_missing, observed_M, asks)
         run = forward if self.padding is None else self.padding.around(pass_, skips, forward)
@@ -296,8 +291,8 @@ class RouterReplay:
         changed_NL = pass_.close()
         if (live_MLK := pass_.observed_live()) is not None:
             source.observe(live_MLK.cpu())
-        if self._guard is not None and torch.is_grad_enabled():
-            self._guard.replayed += 1
+        if self.guard is not None and torch.is_grad_enabled():
+            self.guard.replayed += 1
         if stats.log_scores is not None:
             rows = skips.padded(pass_.log_scores()) if isinstance(skips, _SMALLER) else pass_.log_scores()
             stats.log_scores.append(rows.unflatten(0, (batch_size, num_tokens)))
