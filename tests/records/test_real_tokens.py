@@ -48,6 +48,15 @@ def test_any_other_mask_is_read(change):
     assert torch.equal(real.of(mask), mask.bool())
 
 
+def test_rows_that_are_one_begin_nowhere_else():
+    """Bytes of one row that is expanded: the next byte is another row, not the next of these."""
+    row = torch.tensor([[True, False, True, True, True]])
+    real = RealTokens()
+    for first in (0, 1):
+        mask = row[:, first : first + 4].expand(3 - first, 4)
+        assert torch.equal(real.of(mask), mask)
+
+
 def test_rows_beyond_the_mask_that_was_read():
     """A batch that is scored in two parts, of which the second was read first."""
     mask, real = MASK.clone(), RealTokens()

@@ -56,7 +56,8 @@ class RealTokens:
         known = self._mask
         if known is None or mask.is_inference() or edits(known) != self._version or _kind(known) != _kind(mask):
             return None
-        first, within = divmod(mask.data_ptr() - known.data_ptr(), max(known.stride(0) * known.itemsize, 1))
+        row = known.stride(0) * known.itemsize or 1 << 62  # rows that are one, expanded, begin nowhere else
+        first, within = divmod(mask.data_ptr() - known.data_ptr(), row)
         return first if within == 0 and 0 <= first <= known.shape[0] - mask.shape[0] else None
 
 
