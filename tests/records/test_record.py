@@ -75,6 +75,14 @@ def test_ids_outside_are_refused(drawn, dtype, data):
         pack(batch, layout)
 
 
+def test_ids_that_wrapped_around_are_named():
+    """`torch.int8` holds neither 150 nor 200: what it made of one is outside, and no other id is."""
+    layout = RoutingLayout((0,), 1, num_experts=200, top_k=2)
+    ids = torch.tensor([[[3, 83]], [[5, 150]]]).to(torch.int8)
+    with pytest.raises(ValueError, match=r"sample 4, .* row 1: expert id -106 is outside \[0, 200\)"):
+        pack(ids, layout, sample=4)
+
+
 # Layers by index, never by order
 
 

@@ -172,7 +172,7 @@ def pack(routed_experts: Tensor, layout: RoutingLayout, *, sample: int | None = 
 
 
 def _check_range(ids: Tensor, layout: RoutingLayout, sample: int | None) -> None:
-    bad = ids >= layout.num_experts
+    bad = ids.long() >= layout.num_experts  # which int8 may not hold
     if ids.dtype == torch.uint8:
         bad &= ids != layout.missing
     else:
