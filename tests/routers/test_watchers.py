@@ -1,4 +1,4 @@
-"""Whoever watches decoder layers sees the rows of the batch: a pass that is watched keeps its padding."""
+"""Whoever watches the decoder sees the rows of the batch: a pass that is watched keeps its padding."""
 
 import functools
 
@@ -62,6 +62,7 @@ WATCHES = {
     "a block": (hooked("model.layers.3.mlp"), "model.layers.3.mlp"),
     "attention": (hooked("model.layers.0.self_attn.q_proj"), "model.layers.0.self_attn.q_proj"),
     "a layer": (hooked("model.layers.0"), "model.layers.0"),
+    "what the head is given": (hooked("model.norm"), "model.norm"),
     "a forward in place": (Spy, EXPERTS),
 }
 

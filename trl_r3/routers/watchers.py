@@ -1,12 +1,12 @@
-"""Who else looks at what goes through decoder layers: whoever counts the rows there expects those of the batch.
+"""Who else looks at what goes through the decoder: whoever counts the rows there expects those of the batch.
 
-A hook anywhere in a decoder layer is a watcher, and a forward of its own that experts or a router were given, unless
+A hook on any module in the decoder is a watcher, and a forward of its own that experts or a router were given, unless
 a library put it there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "trl",
 
 class Watchers:
     """
-    Watchers of the decoder layers of a model, looked for once a pass.
+    Watchers of the decoder of a model, looked for once a pass.
 
     Args:
         model (`torch.nn.Module`):
@@ -67,18 +67,15 @@ class Watchers:
         if modules is self._walked:
             return
         self._walked, self._names, self._hooks, self._holders = modules, [], [], []
-        for name, module in self._in_layers():
+        for below, module in self._current.stack.named_modules():
+            if not below:  # what goes in there and comes out is of the batch
+                continue
+            name = f"{self._prefix}{below}"
             for hooks in forward_hooks(module):
                 self._names.append(name)
                 self._hooks.append(hooks)
             if module in self._routers or is_experts(name):
                 self._holders.append((name, module))
-
-    def _in_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, part in self._current.stack.named_children():
-            for index, layer in part.named_children():
-                path = f"{self._prefix}{name}.{index}"
-                yield from ((f"{path}.{below}".rstrip("."), module) for below, module in layer.named_modules())
 
 
 def _stranger_in_place(forward: Any, module: nn.Module) -> str | None:

@@ -54,7 +54,7 @@ class RoutingReplayConfigMixin:
         routing_replay_padding (`str`, *optional*, defaults to `"auto"`):
             What replay makes of padding: `"auto"` gives layers, or at least their experts, real tokens only, if a
             forward and a backward of the model were found equal to padded ones. Losses and gradients are equal up to
-            rounding. While a forward hook watches a decoder layer its passes stay padded. `"keep"` lets padding go
+            rounding. While a forward hook watches the decoder, passes stay padded. `"keep"` lets padding go
             through every layer, as TRL does, bit for bit.
         routing_replay_alarm (`str`, *optional*, defaults to `"error"`):
             What a record that does not fit its tokens gets, before the optimizer moves: `"error"`, `"warn"` or
@@ -126,7 +126,7 @@ class RoutingReplayConfigMixin:
         metadata={
             "help": "What replay makes of padding: 'auto' gives layers, or at least their experts, real tokens only, "
             "if a forward and a backward of the model were found equal to padded ones. Losses and gradients are equal "
-            "up to rounding. While a forward hook watches a decoder layer its passes stay padded. 'keep' lets padding "
+            "up to rounding. While a forward hook watches the decoder, passes stay padded. 'keep' lets padding "
             "go through every layer, as TRL does, bit for bit.",
             "choices": list(PADDINGS),
         },
