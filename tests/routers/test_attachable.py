@@ -35,6 +35,13 @@ def test_what_is_no_model(tmp_path):
         enable_routing_replay(str(tmp_path))
 
 
+def test_what_is_no_transformers_model(qwen):
+    for module in (qwen.lm_head, qwen.model.layers[1], torch.nn.Sequential(qwen)):
+        with pytest.raises(TypeError, match=f"{type(module).__name__} has no `get_input_embeddings`"):
+            RouterReplay(module)
+    RouterReplay(qwen.model).remove()
+
+
 def test_stages_of_a_pipeline_are_refused_by_name(qwen):
     RouterReplay(qwen).remove()
     qwen.config.distributed_config = DistributedConfig(pp_size=2)

@@ -23,7 +23,7 @@ def attachable(model: nn.Module) -> nn.Module:
         `torch.nn.Module`: The model without the wrappers of Accelerate.
 
     Raises:
-        `TypeError`: If it is no module.
+        `TypeError`: If it is no Transformers model.
         `ValueError`: If it is compiled or already attached.
         [`UnsupportedRouterError`]: If an adapter prepends tokens of its own, or the model is split into stages.
     """
@@ -33,6 +33,11 @@ def attachable(model: nn.Module) -> nn.Module:
             f"`AutoModelForCausalLM.from_pretrained(...)`."
         )
     unwrapped = _unwrap(model)
+    if not hasattr(unwrapped, "get_input_embeddings"):
+        raise TypeError(
+            f"{type(unwrapped).__name__} has no `get_input_embeddings`, so it is no Transformers model. Pass the "
+            "causal LM that holds it, or that it holds."
+        )
     if any(isinstance(module.__dict__.get("forward"), Patch) for module in unwrapped.modules()):
         raise ValueError(
             "the model already has routing replay attached. Use the handle that exists, or call "
