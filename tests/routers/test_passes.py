@@ -204,6 +204,37 @@ def test_recording_forward_recomputes_its_own_selection(model, ids, kind):
     assert changed_rows(live_record(model, replay, ids), record).any()
 
 
+def decide_closely(model):
+    """Let experts be nearly equal, and what reaches the routers noisy: no two calls select the same."""
+    for layer in model.model.layers:
+        if (gate := getattr(layer.mlp, "gate", None)) is not None:
+            draws = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                gate.weight[2:] = gate.weight[:2].repeat(len(gate.weight) // 2 - 1, 1)
+                gate.weight += 1e-6 * torch.randn(gate.weight.shape, generator=draws)
+            gate.register_forward_pre_hook(
+                lambda gate, args, draws=draws: args[0] + 1e-2 * torch.randn(args[0].shape, generator=draws)
+            )
+
+
+@pytest.mark.parametrize("kind", RECOMPUTING)
+@pytest.mark.parametrize("gating", ["intercept", "op"])
+def test_recompute_repeats_what_missing_rows_selected(model, ids, kind, gating):
+    replay = RouterReplay(model, gating)
+    record = foreign_record(replay, *ids.shape)
+    record[:, 3:] = -1
+    decide_closely(model)
+    use_checkpointing(model, kind)
+    with executed_ids(model) as seen:
+        loss = replayed_loss(model, replay, record, ids)
+        loss.backward()
+        replayed_loss(model, replay, record, ids)
+    forward, recompute, another = (stacked(seen, ids.shape[0], call) for call in range(3))
+    assert changed_rows(forward, another).any(), "the case itself"
+    assert torch.equal(forward, recompute)
+    assert torch.equal(forward[:, :3], record[:, :3])
+
+
 @pytest.mark.parametrize("kind", RECOMPUTING)
 def test_wrapper_of_torch_distributed(model, ids, kind, expected):
     """FSDP's `activation_checkpointing` wraps each layer in a module instead."""

@@ -101,7 +101,9 @@ class GatedRouter(Router):
         """As in [`Router`], with `status_N`; the op sees by itself which rows are missing."""
         logits_NE = self.formula.logits(self.module, args[0])
         gate = self.formula(self.module, logits_NE, self.top_k, replayed_NK, compare)
-        return Routed((logits_NE, gate.weights, gate.expert_ids), None, gate.status if compare else None)
+        return Routed(
+            (logits_NE, gate.weights, gate.expert_ids), None, gate.status if compare else None, gate.expert_ids
+        )
 
     def live_ids(self, routed: Routed, rows_M: Tensor) -> Tensor:
         """As in [`Router`]; the op has only told whether they differ."""

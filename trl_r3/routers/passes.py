@@ -36,7 +36,7 @@ class LivePass:
         return forward(*args, **kwargs)
 
 
-class RecordingPass:
+class RecordingPass(LivePass):
     """
     One forward through the decoder stack that records, and the recomputes of its layers in backward.
 
@@ -46,11 +46,6 @@ class RecordingPass:
         layout ([`RoutingLayout`]):
             Its layers and experts.
     """
-
-    replays = False
-    lengths: list[int] | None = None
-    attended = 0
-    real: RealRows | None = None
 
     def __init__(self, routers: Sequence[Router], layout: RoutingLayout):
         self.routers = routers
@@ -151,6 +146,8 @@ class ReplayingPass(RecordingPass):
         self.replayed = self.replayed_LNK.unbind(0)
         self.missing_N1 = missing_rows(replayed_NLK, layout)[:, None] if has_missing else None
         self.status: dict[int, Tensor] = {}  # by MoE layer: (N,)
+        # by MoE layer: (N, K) that ran, for recomputes, where it may be other rows than the record's
+        self.ran: dict[int, Tensor] | None = {} if has_missing and torch.is_grad_enabled() else None
 
     def _route(self, index: int, router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         replayed_NK, missing_N1 = self._on(self.replayed[index], args, kwargs), self.missing_N1
@@ -169,6 +166,9 @@ class ReplayingPass(RecordingPass):
             self.live[index] = routed.live_NK
         if routed.status_N is not None:
             self.status[index] = routed.status_N
+        if self.ran is not None:
+            assert routed.executed_NK is not None  # rows may be missing
+            self.ran[index] = routed.executed_NK
         return routed.output
 
     def _recompute(
@@ -197,23 +197,20 @@ class ReplayingPass(RecordingPass):
             `RuntimeError`: If it did not go through every router once.
         """
         self._check_fired()
-        changed, executed = [], list(self.replayed)
+        changed = []
         order = [*sorted(self.live), *sorted(self.status)]
         if self.live:
-            layers = sorted(self.live)
             live_NLK = self._stacked(self.live).to(self.replayed_LNK.device)
-            recorded_NLK = (self.replayed_LNK[layers] if self.status else self.replayed_LNK).transpose(0, 1)
+            recorded_NLK = (self.replayed_LNK[sorted(self.live)] if self.status else self.replayed_LNK).transpose(0, 1)
             changed.append(changed_layers(live_NLK, recorded_NLK))
-            if self.missing_N1 is not None and torch.is_grad_enabled():
-                # where the op gates, it finds the same live rows again
-                executed_NLK = torch.where(self.missing_N1[..., None], live_NLK, recorded_NLK)
-                for layer, executed_NK in zip(layers, executed_NLK.to(recorded_NLK.dtype).unbind(1), strict=True):
-                    executed[layer] = executed_NK
             self.live = {}
         if self.status:
             changed.append(self._stacked(self.status).to(self.replayed_LNK.device) == RowStatus.DIFFERS_LIVE)
             self.status = {}
-        self.executed = tuple(executed)
+        self.executed = self.replayed
+        if self.ran:
+            ran_NLK = self._stacked(self.ran).to(self.replayed_LNK.dtype)
+            self.executed, self.ran = ran_NLK.transpose(0, 1).contiguous().unbind(0), None  # as the record is laid out
         if len(changed) == 1:
             return changed[0]
         return torch.cat(changed, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]

@@ -32,11 +32,14 @@ class Routed(NamedTuple):
             Ids of its live selection, where it was asked for.
         status_N (`torch.Tensor` of shape `(N,)` and dtype `torch.uint8`, *optional*):
             How each row was gated, a [`RowStatus`], in its place where [`masked_topk_gating`] gated.
+        executed_NK (`torch.Tensor` of shape `(N, K)`, *optional*):
+            Ids that ran, where rows could be missing.
     """
 
     output: Any
     live_NK: Tensor | None = None
     status_N: Tensor | None = None
+    executed_NK: Tensor | None = None
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Router:
             if ids.shape[-1] != self.top_k:
                 self.refuse(self.num_experts, ids.shape[-1])
             return output, ids if ids.ndim == 2 else ids.reshape(-1, self.top_k)
-        output, live_NK, _ = self._intercept(forward, args, kwargs, _Selection(self))
+        output, live_NK, *_ = self._intercept(forward, args, kwargs, _Selection(self))
         assert live_NK is not None  # compared
         return output, live_NK
 
@@ -159,7 +162,7 @@ class Router:
                 f"selects with call {self.call_index + 1}: its experts were neither recorded nor replayed. Attach "
                 "again after whatever changed the module."
             )
-        return Routed(output, selection.live_NK)
+        return Routed(output, selection.live_NK, executed_NK=selection.executed_NK)
 
 
 class _Selection(TopKWatch):
@@ -180,6 +183,7 @@ class _Selection(TopKWatch):
         self.calls = 0
         self.made = False
         self.live_NK: Tensor | None = None
+        self.executed_NK: Tensor | None = None
 
     def _select(self, call: TopKCall, args: tuple, kwargs: dict) -> Any:
         index, self.calls = self.calls, self.calls + 1
@@ -212,5 +216,7 @@ class _Selection(TopKWatch):
             self.live_NK = live_NK
         if replayed_NK is None:
             return live
-        selected_NK = replayed_NK.long() if missing_N1 is None else torch.where(missing_N1, live_NK, replayed_NK)
-        return selected_NK.view(shape)
+        if missing_N1 is None:
+            return replayed_NK.long().view(shape)
+        self.executed_NK = torch.where(missing_N1, live_NK, replayed_NK)
+        return self.executed_NK.view(shape)

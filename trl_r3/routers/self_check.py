@@ -79,11 +79,11 @@ def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[st
         [`UnsupportedRouterError`]: Naming the router and what was seen.
     """
     output, own_NK = router.record(forward, _fresh(args), kwargs)
-    replayed, _, _ = router.replay(forward, _fresh(args), kwargs, own_NK)
+    replayed = router.replay(forward, _fresh(args), kwargs, own_NK).output
     if router.ids_output is not None and not _equal_outputs(output, replayed):
         raise refusal(router, "its output changes when its own selection is replayed")
     for foreign_NK in _foreign_selections(own_NK, router.num_experts):
-        output, live_NK, _ = router.replay(forward, _fresh(args), kwargs, foreign_NK)
+        output, live_NK, *_ = router.replay(forward, _fresh(args), kwargs, foreign_NK)
         if live_NK is None or not torch.equal(live_NK, own_NK):
             raise refusal(router, "its live selection depends on the replayed one")
         if router.ids_output is not None and not same_ids(output[router.ids_output], foreign_NK):
