@@ -41,6 +41,15 @@ def test_a_gpu_counts_as_the_host_does():
     assert torch.equal(ExpertLoad.of(ids.cuda(), 12).counts_LE.cpu(), ExpertLoad.of(ids, 12).counts_LE)
 
 
+@pytest.mark.parametrize(("outside", "dtype"), [(4, torch.uint8), (9, torch.int16), (-2, torch.int64)])
+def test_experts_of_another_model_are_refused(outside, dtype):
+    """On a device they would count for the next layer, on the host for experts that are not there."""
+    ids = torch.tensor([[[0, 1], [2, 3]], [[0, outside], [2, 3]]]).to(dtype)
+    with pytest.raises(ValueError, match=rf"expert id {outside} is outside \[0, 4\)"):
+        ExpertLoad.of(ids, 4)
+    assert ExpertLoad.of(ids[0], 4).counts_LE.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]  # of one row
+
+
 def test_what_follows_from_the_counts():
     load = ExpertLoad(torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [4, 4, 0, 0], [0, 0, 0, 0]]))
     assert load.max_over_mean.tolist()[:3] == [1.0, 4.0, 2.0] and math.isnan(load.max_over_mean[3])

@@ -31,6 +31,12 @@ def test_slices_and_joins_are_those_of_lists(first, last):
     assert rows_of(joined) == [*ROWS[first:last], [], [], *ROWS]
 
 
+@pytest.mark.parametrize("step", [2, -1])
+def test_rows_with_gaps_are_refused(step):
+    with pytest.raises(ValueError, match=f"every {step}th row"):
+        SamplingMask.of([[1], [2], [3]])[::step]
+
+
 def test_nothing_is_a_mask_too():
     assert rows_of(SamplingMask.join([])) == rows_of(SamplingMask.of([])) == []
     SamplingMask.of([]).check([], 0)

@@ -45,9 +45,19 @@ class ExpertLoad:
                 Ids of any integer dtype, on any device; rows of -1 do not count.
             num_experts (`int`):
                 Number of experts E.
+
+        Raises:
+            `ValueError`: If an id is no expert of the model: it would count for another layer.
         """
-        ids_MLK = torch.as_tensor(routed_experts).flatten(0, -3)
+        ids = torch.as_tensor(routed_experts)
+        ids_MLK = ids.reshape(-1, *ids.shape[-2:])
         ids_MLK = ids_MLK[ids_MLK[:, 0, 0] != MISSING]
+        low, high = map(int, torch.aminmax(ids_MLK.long())) if ids_MLK.numel() else (0, 0)
+        if low < 0 or high >= num_experts:
+            raise ValueError(
+                f"expert id {low if low < 0 else high} is outside [0, {num_experts}). Pass the record of a model with "
+                "so many experts; a missing row is -1."
+            )
         if ids_MLK.device.type == "cpu":
             return cls(expert_load(ids_MLK, num_experts))
         layers = ids_MLK.shape[1]

@@ -68,7 +68,9 @@ class SamplingMask:
 
     def __getitem__(self, rows: slice) -> SamplingMask:
         """A run of rows."""
-        first, last, _ = rows.indices(len(self))
+        first, last, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"every {step}th row of a sampling mask was asked for, but only runs can be. Slice by 1.")
         offsets = self.offsets[first : max(first, last) + 1]
         return SamplingMask(self.ids[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
 
