@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl_r3 import RouterReplay
 from trl_r3.cli.experts import experts_of
+from trl_r3.routers import padding_trial
 from trl_r3.routers.compaction import CompactExperts
 from trl_r3.routers.packing import PackedAttention
 from trl_r3.routers.padding_trial import PaddingTrial
@@ -105,10 +106,10 @@ def test_what_one_sequence_tells_the_next_is_no_rounding(dtype, monkeypatch):
     """Convolutions of new weights move logits by less than a half type rounds them."""
     model = build_tiny("lfm2_moe", initializer_range=0.02, dtype=dtype)
     with RouterReplay(model, padding="auto") as replay:
-        assert "tokens of a packed sequence change logits of others (by" in replay.padding.why
+        assert "tokens of a packed sequence reach the logits of another" in replay.padding.why
     with RouterReplay(tiny_qwen3_moe().to(dtype), padding="auto") as replay:
         assert replay.padding.why is None
-    monkeypatch.setattr(PaddingTrial, "crosstalk", lambda self: 0.0)  # the wrong variant
+    monkeypatch.setattr(padding_trial, "_reaches_first", lambda values: False)  # the wrong variant
     with RouterReplay(model, padding="auto") as replay:
         assert replay.padding.why is None
 

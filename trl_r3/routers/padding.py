@@ -208,11 +208,8 @@ class Padding:
         assert attention is not None  # it has seen the padded run
         why = attention.why_not()
         if why is None:
-            padded = trial.crosstalk()
             self._packs = True
             why = trial.differs()
-            if why is None and (packed := trial.crosstalk()) > 4 * padded:  # where sums keep no order, both are noise
-                why = f"tokens of a packed sequence change logits of others (by {packed:.2g}, padded {padded:.2g})"
         if why is None and self._why_padded is not None:
             why = f"{type(self.stack).__name__} stays padded where {self._why_padded}"
         self._packs = False

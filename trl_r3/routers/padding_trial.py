@@ -53,7 +53,6 @@ class PaddingTrial:
         scores = torch.rand(*self._mask_BT.shape, len(layout.moe_layers), layout.num_experts, generator=generator)
         self._record_BTLK = scores.argsort(-1)[..., : layout.top_k]
         self._expected: Values = {}
-        self._last: Tensor | None = None  # logits of the run before
         self._tolerance = 0.0
 
     def pad(self) -> str | None:
@@ -73,24 +72,9 @@ class PaddingTrial:
             difference, allowed = _distance(found.get(name, []), expected), self._tolerance * _largest(expected)
             if not difference <= allowed:
                 return f"packed and padded {name} differ (by {difference:.2g}, where {allowed:.2g} is rounding)"
+        if _reaches_first(found) and not _reaches_first(self._expected):
+            return "tokens of a packed sequence reach the logits of another"
         return None
-
-    def crosstalk(self) -> float:
-        """
-        By how much the logits of other sequences change with the tokens of the first, from the last run to one more.
-
-        What one sequence tells the next may be less than rounding while weights are new, and more once they learn.
-        Where sums keep their order, it is nothing in a padded run, in any dtype.
-        """
-        assert self._last is not None  # there was one
-        ids_BT = self._ids_BT.clone()
-        ids_BT[0] = ids_BT[1]
-        try:
-            with evaluating(self.model), self._in_graph(), self._leaves():
-                changed = self._logits(ids_BT).detach()
-        finally:
-            self._tidy()
-        return float((changed - self._last)[_LENGTHS[0][1] :].abs().max())
 
     def _try(self, how: str) -> Values | str:
         try:
@@ -99,30 +83,22 @@ class PaddingTrial:
             # whatever it is, a padded forward does without
             return f"a {how} forward or backward raises {type(error).__name__} ({str(error)[:200]})"
         finally:
-            self._tidy()
-
-    def _tidy(self) -> None:
-        shard_again(self.model)
-        forget_forwards(self.model)
-
-    def _in_graph(self) -> torch.set_grad_enabled:
-        return torch.set_grad_enabled(not only_its_engine_goes_back(self.model))
+            shard_again(self.model)
+            forget_forwards(self.model)
 
     def _run(self) -> Values:
-        with evaluating(self.model), self._in_graph(), self._leaves() as leaves:
-            logits_NV = self._logits(self._ids_BT)
-            self._last = logits_NV.detach()
-            values: Values = {"logits": [self._last]}
-            return values | self._gradients(logits_NV, leaves) if logits_NV.requires_grad else values
-
-    def _logits(self, ids_BT: Tensor) -> Tensor:
-        with self.replay.replay(self._record_BTLK):
-            logits = self.model(input_ids=ids_BT, attention_mask=self._mask_BT, use_cache=False).logits
-        return logits[self._mask_BT.bool().to(logits.device)]
+        goes_back = not only_its_engine_goes_back(self.model)
+        with evaluating(self.model), torch.set_grad_enabled(goes_back), self._leaves() as leaves:
+            with self.replay.replay(self._record_BTLK):
+                logits = self.model(input_ids=self._ids_BT, attention_mask=self._mask_BT, use_cache=False).logits
+            logits_NV = logits[self._mask_BT.bool().to(logits.device)]
+            values: Values = {"logits": [logits_NV.detach()]}
+            return values | self._gradients(logits_NV, leaves) if goes_back else values
 
     def _gradients(self, logits_NV: Tensor, leaves: dict[str, list[Tensor]]) -> Values:
-        """Of a loss that every logit counts in."""
+        """Of a loss that every logit counts in, but for those of the first sequence."""
         weights = torch.arange(logits_NV.numel(), device=logits_NV.device).view_as(logits_NV) % 7 - 3
+        weights[: _LENGTHS[0][1]] = 0
         loss = (logits_NV.float() * weights).sum() / weights.numel() ** 0.5
         tensors = [tensor for each in leaves.values() for tensor in each]
         gradients = iter(torch.autograd.grad(loss, tensors, allow_unused=True))
@@ -185,6 +161,15 @@ class PaddingTrial:
 
 
 _HIDDEN = "the first hidden states"
+
+
+def _reaches_first(values: Values) -> bool:
+    """
+    Whether the loss, of other sequences, has a gradient at the tokens of the first: what one tells another may be less
+    than rounding while weights are new, and more once they learn, but without a way it is exactly 0 in any dtype.
+    """
+    of_hidden = values.get(f"gradients of {_HIDDEN}", [])
+    return any(grad is not None and bool(grad[: _LENGTHS[0][1]].any()) for grad in of_hidden)
 
 
 def _largest(values: list[Tensor | None]) -> float:
