@@ -89,7 +89,7 @@ class RouterReplay:
         self.steady_recompute = False  # whether live forwards that build a graph want that, too
         self.steady_pass: Callable[..., RecordingPass] = RecordingPass  # what these are then
         self.guard: TrainingGuard | None = None  # what meets the forwards of a training step
-        self._replayed: tuple[RecordSource, ReplayStats] | None = None
+        self._source: tuple[RecordSource, ReplayStats] | None = None  # with the counts of its forwards
         self._recorded: RecordedRoutes | None = None
         self._patches = [
             Patch(router.module, torch.compiler.disable(self._route), index)
@@ -181,11 +181,11 @@ class RouterReplay:
     def replay_from(self, source: RecordSource) -> Iterator[ReplayStats]:
         """Like [`RouterReplay.replay`], for a batch whose rows several forwards share."""
         self._check_idle("replay")
-        self._replayed = source, (stats := ReplayStats())
+        self._source = source, (stats := ReplayStats())
         try:
             yield stats
         finally:
-            self._replayed = None
+            self._source = None
         if stats.forwards == 0:
             raise RuntimeError(
                 "no forward went through the model inside `replay()`, so nothing was replayed. Call the model that "
@@ -212,7 +212,7 @@ class RouterReplay:
     def _check_idle(self, wanted: str) -> None:
         if not self._patches:
             raise RuntimeError(f"`{wanted}()` on a handle that was removed. Attach to the model again.")
-        busy = "record" if self._recorded is not None else "replay" if self._replayed is not None else None
+        busy = "record" if self._recorded is not None else "replay" if self._source is not None else None
         if busy is not None:
             raise RuntimeError(f"`{wanted}()` inside `{busy}()`: a forward either records or replays. Nest nothing.")
 
@@ -231,10 +231,10 @@ class RouterReplay:
                 "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
             )
         steadies = self.steady_recompute and torch.is_grad_enabled()
-        if self._replayed is not None or self._recorded is not None or steadies:
+        if self._source is not None or self._recorded is not None or steadies:
             refuse_compiled(self._compilable)
-        if self._replayed is not None:
-            return self._replay_stack(*self._replayed, forward, args, kwargs)
+        if self._source is not None:
+            return self._replay_stack(*self._source, forward, args, kwargs)
         if self._recorded is not None:
             return self._record_stack(self._recorded, forward, args, kwargs)
         if torch.is_grad_enabled():
