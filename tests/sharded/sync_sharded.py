@@ -1,6 +1,6 @@
-"""A trainer over a bfloat16 base that sends its weights several times, for `accelerate launch`: what is sent and stays.
+"""A trainer over a bfloat16 base that sends its weights several times: what is sent, and what stays.
 
-Its updates are those of `train_sharded`, its adapters are on attention or on experts.
+For `accelerate launch`. Its updates are those of `train_sharded`, its adapters are on attention or on experts.
 """
 
 from __future__ import annotations
