@@ -10,35 +10,38 @@ SEEDS = (0, 1, 2, 3, 4)
 LOUD = "noise 0.7"
 DECIDED = Setting(LOUD)
 EXACT = Setting("exact")
+ALONE = Setting(LOUD, top_k=1)
 REUSED = Setting(LOUD, updates=4)
+LONG = Setting(LOUD, steps=1200)
+FAST = 1e-3  # the higher learning rate
 BRIEF = 20  # steps after which the mismatch of a rollout is known, and nothing of what it does
 NUMERICS = ("noise 0.5", "noise 0.35", "noise 0.2", "noise 0.1", "noise 0.05", "int4", "fp8", "int8", "bf16")
+SHAPES = (
+    Setting(LOUD, updates=8),
+    Setting(LOUD, learning_rate=FAST),
+    *(Setting(LOUD, length=length) for length in (4, 20, 40)),
+    Setting(LOUD, top_k=4),
+    Setting(LOUD, experts=16),
+    Setting(LOUD, experts=32, top_k=4),
+)
 
 
 def parts() -> Iterator[tuple[list[Cell], tuple[int, ...]]]:
     """Cells and their seeds, the most telling part first; each is of use without those after it."""
-    few, one = SEEDS[:3], SEEDS[:1]
-    yield [*_both(DECIDED), Cell(EXACT, "live")], one
-    yield _both(DECIDED), few
+    few, two, one = SEEDS[:3], SEEDS[:2], SEEDS[:1]
+    fast = Cell(Setting("exact", learning_rate=FAST), "live")
+    reused = [*_both(REUSED), Cell(REUSED, "R3+shift"), Cell(REUSED, "R2")]
+    others = [cell for setting in SHAPES for cell in _both(setting)]
+    yield [*_both(DECIDED), Cell(EXACT, "live")], SEEDS
+    yield [Cell(DECIDED, arm) for arm in ("live+weights", "live+mask", "R3+weights", "frozen")], SEEDS
     yield [Cell(Setting(name, steps=BRIEF), "live") for name in NUMERICS], one
-    yield _both(Setting("noise 0.35")), one
-    yield _both(DECIDED), SEEDS
-    yield [Cell(DECIDED, "live+weights"), Cell(DECIDED, "live+mask")], one
-    yield _both(Setting("noise 0.35")), SEEDS[:2]
-    yield _both(Setting(LOUD, top_k=1)), one
-    yield _both(Setting("noise 0.2")), one
-    yield [*_both(Setting("int4")), Cell(EXACT, "live")], one
-    yield _both(Setting("noise 0.5")), SEEDS[:2]
-    yield [*_both(Setting("noise 0.35")), Cell(EXACT, "live")], few
-    yield [*_both(Setting("noise 0.2")), *_both(Setting("fp8"))], one
-    yield [Cell(DECIDED, arm) for arm in ("live+weights", "live+mask", "R3+weights", "frozen")], few
-    yield _both(Setting(LOUD, top_k=1)), few
-    yield [*_both(REUSED), Cell(REUSED, "R3+shift")], one
-    yield [*_both(REUSED), Cell(REUSED, "R3+shift"), Cell(REUSED, "R2")], SEEDS[:2]
-    yield [cell for length in (4, 20) for cell in _both(Setting(LOUD, length=length))], SEEDS[:2]
-    yield [cell for name in ("int8", "bf16", "noise 0.1", "noise 0.05") for cell in _both(Setting(name))], SEEDS[:2]
-    yield _both(Setting(LOUD, learning_rate=1e-3)), SEEDS[:2]
-    yield [Cell(EXACT, "live")], SEEDS
+    yield [cell for name in NUMERICS for cell in _both(Setting(name))], one
+    yield [*others, fast], one
+    yield _both(LONG), one
+    yield [cell for name in ("int4", "noise 0.5", "noise 0.35", "noise 0.2") for cell in _both(Setting(name))], few
+    yield [*reused, *_both(ALONE)], SEEDS
+    yield [*others, fast, *(cell for name in ("fp8", "noise 0.1") for cell in _both(Setting(name)))], two
+    yield [cell for name in ("noise 0.35", "noise 0.2") for cell in _both(Setting(name))], SEEDS
 
 
 def _both(setting: Setting) -> list[Cell]:

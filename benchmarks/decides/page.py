@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from .cells import Cell, Setting
-from .grid import BRIEF, DECIDED, EXACT, NUMERICS, REUSED
+from .grid import BRIEF, DECIDED, EXACT, FAST, LONG, NUMERICS, REUSED
 from .results import Cells, Line, by_cell, differences, judged, mean_of, reward_at_end
 
 _FIRST, _LAST = slice(0, 3), slice(-3, None)  # of what was measured
@@ -25,7 +26,7 @@ NAMES = {
 def blocks(lines: Sequence[Line]) -> dict[str, str]:
     """What stands between the marks of the page, by name."""
     cells = by_cell(lines)
-    each = {"arms": arms, "ladder": ladder, "rollouts": rollouts}
+    each = {"arms": arms, "ladder": ladder, "shapes": shapes, "long": long, "rollouts": rollouts}
     return {"numbers": numbers(cells, lines), **{name: made(cells) for name, made in each.items()}}
 
 
@@ -50,10 +51,10 @@ def numbers(cells: Cells, lines: Sequence[Line]) -> str:
 
 
 def arms(cells: Cells) -> str:
-    """The decided setting, without noise, with one expert a token and with four updates a rollout, arm by arm."""
+    """The decided setting, without noise and with four updates a rollout, arm by arm."""
     rows = ["| setting | arm | seeds | reward at the end | to live | k3 at the end | entropy at the end |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for setting in (DECIDED, EXACT, Setting(DECIDED.rollout, top_k=1), REUSED):
+    for setting in (DECIDED, EXACT, Setting(EXACT.rollout, learning_rate=FAST), REUSED):
         for arm, name in NAMES.items():
             lines = list(cells.get(Cell(setting, arm), {}).values())
             if lines:
@@ -67,13 +68,42 @@ def arms(cells: Cells) -> str:
 
 
 def ladder(cells: Cells) -> str:
-    """Every setting that has both live training and replay, by how large the mismatch of live training is."""
+    """The decided setting with other rollouts."""
+    return _compared((each for each in by_mismatch(cells) if replace(each, rollout=DECIDED.rollout) == DECIDED), cells)
+
+
+def shapes(cells: Cells) -> str:
+    """The decided rollout with one thing changed that is not its length."""
+    return _compared((each for each in by_mismatch(cells) if each.rollout == DECIDED.rollout and each != LONG), cells)
+
+
+def long(cells: Cells) -> str:
+    """The decided setting over four times the steps, by quarters."""
+    rows = ["| arm | seeds | reward | k3 | entropy at the end |", "|---|---|---|---|---|"]
+    for arm in ("live", "R3"):
+        lines = list(cells.get(Cell(LONG, arm), {}).values())
+        if lines:
+            way = "k3_replay" if arm == "R3" else "k3_live"
+            rows.append(
+                f"| {NAMES[arm]} | {len(lines)} | {_by_quarters(lines, 'reward')} | {_by_quarters(lines, way)} | "
+                f"{mean_of(lines, 'entropy', _LAST):.3f} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def _by_quarters(lines: Sequence[Line], name: str) -> str:
+    every = len(lines[0][name]) // 4
+    return ", ".join(f"{mean_of(lines, name, slice(i * every, (i + 1) * every)):.2f}" for i in range(4))
+
+
+def _compared(settings: Iterable[Setting], cells: Cells) -> str:
+    """Live training and replay, setting by setting."""
     rows = [
         "| rollout | seeds | k3 live, first and last steps | F(2) live | changed routers | reward live | replay | "
         "replay minus live |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for setting in by_mismatch(cells):
+    for setting in settings:
         live, replayed = cells[Cell(setting, "live")], cells[Cell(setting, "R3")]
         both = sorted(live.keys() & replayed.keys())
         first, second = [live[seed] for seed in both], [replayed[seed] for seed in both]
@@ -114,12 +144,17 @@ def live_k3(setting: Setting, cells: Cells) -> float:
 def label(setting: Setting) -> str:
     """A setting in words: its rollout, and what is not as in the decided one."""
     parts = [setting.rollout]
-    parts += [f"{setting.top_k} expert a token"] if setting.top_k != DECIDED.top_k else []
+    parts += [f"top-{setting.top_k} of {setting.experts}"] if experts(setting) != experts(DECIDED) else []
     parts += [f"answers of {setting.length}"] if setting.length != DECIDED.length else []
     parts += [f"{setting.updates} updates a rollout"] if setting.updates != DECIDED.updates else []
     parts += [f"learning rate {setting.learning_rate:g}"] if setting.learning_rate != DECIDED.learning_rate else []
     parts += [f"{setting.steps} steps"] if setting.steps != DECIDED.steps else []
     return ", ".join(parts)
+
+
+def experts(setting: Setting) -> tuple[int, int]:
+    """Experts a token and a layer."""
+    return setting.top_k, setting.experts
 
 
 def _mean(lines: Sequence[Line], name: str) -> str:

@@ -224,11 +224,12 @@ def test_layers_that_are_compiled_replay(qwen, ids, first):
         layer.compile(backend="eager")
     if first == "compiled":
         replay = RouterReplay(qwen, padding="auto")
-    record = foreign_record(replay, *ids.shape)
-    with replay.replay(record), executed_ids(qwen) as seen:
-        qwen(ids)
-    assert torch.equal(stacked(seen, ids.shape[0]), record)
-    assert replay.padding.why is None
+    with replay:  # what is compiled outlives the model, and its handle with it
+        record = foreign_record(replay, *ids.shape)
+        with replay.replay(record), executed_ids(qwen) as seen:
+            qwen(ids)
+        assert torch.equal(stacked(seen, ids.shape[0]), record)
+        assert replay.padding.why is None
 
 
 @pytest.mark.parametrize("gating", ["intercept", "op"])
