@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from .cells import Cell, Setting
-from .grid import BRIEF, DECIDED, EXACT, FAST, LONG, NUMERICS, REUSED
+from .grid import BRIEF, DECIDED, EXACT, FASTER, LONG, NUMERICS, REUSED
 from .results import Cells, Line, by_cell, differences, judged, mean_of, reward_at_end
 
 _FIRST, _LAST = slice(0, 3), slice(-3, None)  # of what was measured
@@ -54,7 +54,8 @@ def arms(cells: Cells) -> str:
     """The decided setting, without noise and with four updates a rollout, arm by arm."""
     rows = ["| setting | arm | seeds | reward at the end | to live | k3 at the end | entropy at the end |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for setting in (DECIDED, EXACT, Setting(EXACT.rollout, learning_rate=FAST), REUSED):
+    faster = [replace(EXACT, learning_rate=rate) for rate in FASTER]
+    for setting in (DECIDED, EXACT, *faster, REUSED):
         for arm, name in NAMES.items():
             lines = list(cells.get(Cell(setting, arm), {}).values())
             if lines:
@@ -69,12 +70,17 @@ def arms(cells: Cells) -> str:
 
 def ladder(cells: Cells) -> str:
     """The decided setting with other rollouts."""
-    return _compared((each for each in by_mismatch(cells) if replace(each, rollout=DECIDED.rollout) == DECIDED), cells)
+    return _compared((each for each in by_mismatch(cells) if _has_decided_shape(each)), cells)
 
 
 def shapes(cells: Cells) -> str:
-    """The decided rollout with one thing changed that is not its length."""
-    return _compared((each for each in by_mismatch(cells) if each.rollout == DECIDED.rollout and each != LONG), cells)
+    """The decided setting, and those that differ from it in more than the rollout."""
+    others = (each for each in by_mismatch(cells) if each == DECIDED or not _has_decided_shape(each))
+    return _compared((each for each in others if each != LONG), cells)
+
+
+def _has_decided_shape(setting: Setting) -> bool:
+    return replace(setting, rollout=DECIDED.rollout) == DECIDED
 
 
 def long(cells: Cells) -> str:

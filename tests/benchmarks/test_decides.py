@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.decides.cells import Cell, Setting, Sizes
-from benchmarks.decides.grid import DECIDED, LOUD, SEEDS, runs
+from benchmarks.decides.grid import DECIDED, LONG, LOUD, SEEDS, runs
 from benchmarks.decides.numerics import ROUNDED, rollout_numerics
 from benchmarks.decides.page import blocks, by_mismatch, live_k3
 from benchmarks.decides.report import PAGE
-from benchmarks.decides.results import by_cell, differences, judged, mean_of
+from benchmarks.decides.results import by_cell, differences, judged, mean_of, reward_at_end
 from benchmarks.decides.run import FOLDER
 from benchmarks.decides.training import run
 from benchmarks.map.page import filled
@@ -46,16 +46,34 @@ def test_replay_decides_the_case_that_is_called_decided():
     assert mean_of(live, "k3_live", slice(-3, None)) > 2 * mean_of(live, "k3_live", slice(0, 3)) > 2 * DECIDING_K3
 
 
+def test_longer_runs_decide_more():
+    live, replayed = (CELLS[Cell(LONG, arm)] for arm in ("live", "R3"))
+    assert live.keys() == replayed.keys() and len(live) > 1
+    assert min(differences(LONG, "R3", CELLS)) > judged(differences(DECIDED, "R3", CELLS)).high
+    assert min(map(reward_at_end, live.values())) > 0.2  # it stalls, and does not fall to 0
+    assert mean_of(live.values(), "k3_live", slice(-3, None)) > 2  # and goes on moving away
+
+
+def gains(settings):
+    """What replay gains by the live k3 of each setting, where replay removes it and something is learned."""
+    removed = {each for each in settings if left(each) < live_k3(each, CELLS) / 10}
+    learned = {each for each in removed if min(map(reward_at_end, CELLS[Cell(each, "R3")].values())) > 0.3}
+    return {live_k3(each, CELLS): differences(each, "R3", CELLS) for each in learned}
+
+
+def left(setting):
+    return mean_of(CELLS[Cell(setting, "live")].values(), "k3_replay", slice(0, 3))
+
+
 def test_the_boundary_is_where_the_log_warns():
-    gains, rest = {}, {}
-    for setting in by_mismatch(CELLS):
-        k3 = live_k3(setting, CELLS)
-        left = mean_of(CELLS[Cell(setting, "live")].values(), "k3_replay", slice(0, 3))
-        (gains if left < k3 / 10 else rest)[k3] = differences(setting, "R3", CELLS)
-    above = {k3: each for k3, each in gains.items() if k3 > DECIDING_K3}
-    assert len(above) > 2 and all(min(each) > 0.05 for each in above.values())
-    assert all(max(map(abs, each)) < 0.05 for k3, each in gains.items() if k3 <= DECIDING_K3 / 2)
-    assert all(max(each) < 0.05 for each in rest.values())  # what is left with replay is not routing
+    settings = by_mismatch(CELLS)
+    found = gains(settings)
+    above = {k3: each for k3, each in found.items() if k3 > DECIDING_K3}
+    assert len(above) > 8 and all(min(each) > 0.05 for each in above.values())
+    assert all(max(map(abs, each)) < 0.05 for k3, each in found.items() if k3 <= DECIDING_K3 / 2)
+    rest = [differences(each, "R3", CELLS) for each in settings if left(each) >= live_k3(each, CELLS) / 10]
+    assert len(rest) > 3 and all(max(each) < 0.05 for each in rest)  # what is left with replay is not routing
+    assert len(settings) - len(found) - len(rest) == 4  # rates that are too high, and no reward to learn from
 
 
 @pytest.mark.parametrize("name", ["noise 0.7", "bf16", *ROUNDED])
