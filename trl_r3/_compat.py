@@ -92,10 +92,7 @@ def fetches_weights(module: nn.Module) -> bool:
 
 
 def forward_hooks(module: nn.Module) -> tuple[dict[int, Callable], dict[int, Callable]]:
-    """
-    Hooks before and after the forward of a module by their ids, as they are at any time. Goes when PyTorch has a
-    public way to ask for hooks.
-    """
+    """Hooks before and after the forward of a module, by their ids. Goes when PyTorch has a public way to ask."""
     return module._forward_pre_hooks, module._forward_hooks
 
 
@@ -110,10 +107,7 @@ def edits(tensor: torch.Tensor) -> int:
 
 
 def find_causal_lm(model: nn.Module) -> Any:
-    """
-    The Transformers model in whatever wrapper, or `None`. Goes when wrappers (PEFT, Accelerate) have one public way
-    to ask.
-    """
+    """The Transformers model in whatever wrapper, or `None`. Goes when wrappers have one public way to ask."""
     from transformers import PreTrainedModel
 
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -237,6 +231,16 @@ def rope_by_length(stack: nn.Module) -> str | None:
     parameters = getattr(getattr(stack, "config", None), "rope_parameters", None) or {}
     kinds = [each.get("rope_type") for each in (parameters, *parameters.values()) if isinstance(each, dict)]
     return next((kind for kind in kinds if kind is not None and ("dynamic" in kind or kind == "longrope")), None)
+
+
+def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:
+    """The micro-batches of TRL's last rollout, as updates take them. Goes when TRL says which samples it trains on."""
+    return trainer._buffered_inputs or []
+
+
+def forget_buffered_inputs(trainer: Any) -> None:
+    """Let TRL roll out before the next update. Goes when no `train()` of TRL begins with what the last one left."""
+    trainer._buffered_inputs = None
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from oracles import some_rows
 
 from trl_r3 import MisalignedRecordError, RoutingLayout
 from trl_r3.records.samples import Sample, ScoredBatch
-from trl_r3.records.sources import take_rows
 from trl_r3.records.unpadded_rows import join_records, recorded_rows, sequence_lengths, unpadded_positions
+from trl_r3.routers.patches import take_rows
 
 LAYOUT = RoutingLayout((0, 1, 2), 3, 100, 2)
 EQUAL = torch.arange(5, 11)  # tokens of two samples whose routes differ
@@ -57,9 +57,9 @@ def test_a_padded_row_whose_padding_has_position_0_stays_padded(left):
     batch = ScoredBatch([one], 4 if left else 2, LAYOUT)
     rows = take_rows(batch, given, 1, 8, row)[0]
     assert torch.equal(rows[first : first + 5], one.record)
-    assert unpadded_positions(given, 1, 8) is None
+    assert unpadded_positions(given, 8) is None
     for unpadded in (None, torch.ones_like(mask)):
-        assert unpadded_positions({**given, "attention_mask": unpadded}, 1, 8) is given["position_ids"]
+        assert unpadded_positions({**given, "attention_mask": unpadded}, 8) is given["position_ids"]
 
 
 def test_equal_tokens_keep_their_own_routes():

@@ -6,9 +6,9 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from .checks import check_rows
 from .real_tokens import RealTokens
 from .record import RoutingLayout, missing_rows, pack, select_moe_layers
-from .unpadded_rows import sequence_lengths, unpadded_positions
 
 
 class RecordSource(Protocol):
@@ -36,16 +35,6 @@ class RecordSource(Protocol):
 
     def real(self, mask: Tensor) -> Tensor:
         """(B, T) of `bool`, on the host: which tokens the attention mask of a forward calls real."""
-
-
-def take_rows(
-    source: RecordSource, kwargs: Mapping[str, Any], batch_size: int, num_tokens: int, tokens: Tensor | None
-) -> Tensor:
-    """Packed ids of shape `(B, T, L, K)` for a forward with these arguments, padded or packed."""
-    lengths = sequence_lengths(unpadded_positions(kwargs, batch_size, num_tokens), batch_size, num_tokens)
-    if lengths is None:
-        return source.take(batch_size, num_tokens, tokens)
-    return source.take_packed(lengths, tokens)
 
 
 @dataclass

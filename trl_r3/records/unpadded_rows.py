@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .samples import Sample
 
 
-def unpadded_positions(kwargs: Mapping[str, Any], batch_size: int, num_tokens: int) -> Any:
-    """Position ids of a forward that may hold its sequences in one row: of one whose mask calls no token padding."""
+def unpadded_positions(kwargs: Mapping[str, Any], num_tokens: int) -> Any:
+    """Position ids of a forward of one row, which may hold several sequences where its mask calls nothing padding."""
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if batch_size != 1 or positions is None:
+    if positions is None:
         return None
     is_padded = torch.is_tensor(mask) and mask.shape == (1, num_tokens) and not bool(mask.all())
     return None if is_padded else positions

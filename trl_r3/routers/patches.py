@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 
 from .._compat import checkpoint_functions
+from ..records.sources import RecordSource
+from ..records.unpadded_rows import sequence_lengths, unpadded_positions
 
 
 class Patch:
@@ -187,6 +189,17 @@ def attended_tokens(mask: Any, batch_size: int, num_tokens: int) -> Tensor | Non
     if torch.is_tensor(mask) and mask.shape == (batch_size, num_tokens):
         return mask.flatten().bool()
     return None
+
+
+def take_rows(
+    source: RecordSource, kwargs: dict[str, Any], batch_size: int, num_tokens: int, tokens: Tensor | None
+) -> Tensor:
+    """Packed ids of shape `(B, T, L, K)` for a forward with these arguments, padded or packed."""
+    positions = unpadded_positions(kwargs, num_tokens) if batch_size == 1 else None
+    lengths = None if positions is None else sequence_lengths(positions, batch_size, num_tokens)
+    if lengths is None:
+        return source.take(batch_size, num_tokens, tokens)
+    return source.take_packed(lengths, tokens)
 
 
 def get_batch(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:

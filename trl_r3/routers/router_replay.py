@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import in_backward
+from .._compat import in_backward, is_compiled
 from ..records.metrics import ReplayStats
 from ..records.record import missing_rows
-from ..records.sources import RecordSource, WholeBatch, take_rows
+from ..records.sources import RecordSource, WholeBatch
 from ..records.unpadded_rows import unpadded_positions
 from .attachable import attachable, refuse_compiled
 from .discovery import find_routers
@@ -25,7 +25,7 @@ from .gated import GatedRouter
 from .packing import PackedBatch
 from .padding import Padding, check_padding
 from .passes import LivePass, RecordedRoutes, RecordingPass, ReplayingPass, TrainingGuard, WhichAreReal
-from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch
+from .patches import ActivePass, CurrentModules, Pass, Patch, attended_tokens, bound_checkpoints, get_batch, take_rows
 from .trimming import TrimmedBatch
 
 GATINGS = ("auto", "intercept", "op")
@@ -231,7 +231,7 @@ class RouterReplay:
                 "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
             )
         steadies = self.steady_recompute and torch.is_grad_enabled()
-        if self._source is not None or self._recorded is not None or steadies:
+        if (self._source or self._recorded or steadies) and any(map(is_compiled, self._compilable)):
             refuse_compiled(self._compilable)
         if self._source is not None:
             return self._replay_stack(*self._source, forward, args, kwargs)
@@ -264,7 +264,7 @@ class RouterReplay:
         if self.padding is not None and recorded.real is not None:
             pass_.real = self.padding.of_experts(recorded.real(main.shape[:2], kwargs.get("attention_mask")))
         output = self._run(pass_, forward, args, kwargs)
-        positions = unpadded_positions(kwargs, *main.shape[:2])
+        positions = unpadded_positions(kwargs, main.shape[1]) if main.shape[0] == 1 else None
         recorded.add(pass_.close().unflatten(0, main.shape[:2]), tokens, positions)
         return output
 

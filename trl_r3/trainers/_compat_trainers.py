@@ -50,19 +50,6 @@ def stopping_if_alive(worker: Any) -> Iterator[None]:
         yield
 
 
-def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:
-    """The micro-batches of TRL's last rollout, as updates take them. Goes when TRL says which samples it trains on."""
-    return trainer._buffered_inputs or []
-
-
-def forget_buffered_inputs(trainer: Any) -> None:
-    """
-    Let TRL roll out before the next update. Where a training ended between two rollouts, the next one would begin with
-    what is left of the last. Goes when `train()` of TRL begins with a rollout.
-    """
-    trainer._buffered_inputs = None
-
-
 def beside_tokens(batch: dict[str, Any]) -> dict[str, Any]:
     """
     What TRL gives each forward over a batch beside its tokens: images, and which tokens are theirs. Goes when TRL

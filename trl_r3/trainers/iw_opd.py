@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
-from ._compat_trainers import buffered_inputs
+from .._compat import buffered_inputs
 from .config import RoutingReplayConfigMixin
 from .lifecycle import ReplayLifecycle
 from .rollout import Scoring

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from .._compat import buffered_inputs
 from ..engines.weight_sync import keep_base
 from ..records.samples import Sample
 from ..routers.discovery import is_experts
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
-from ._compat_trainers import buffered_inputs
 from .checkpoints import whole_checkpoint
 from .construction import check_generation, check_setup, check_shards, config_from, recording_engine, warn_if_off
 from .deciding_mismatch import DecidingMismatch
@@ -172,7 +172,7 @@ class ReplayLifecycle(AttachedTrainer):
         """`log` of TRL, with the shares that have come together."""
         if self._r3 is not None and not self._r3.evaluates:
             logs.update(self._r3.log.collect())  # type: ignore[arg-type]
-            if self._deciding is not None:
+            if self._deciding is not None and ("sampling/live/k3_kl" in logs or not self._r3.captures):
                 self._deciding.look_at_log(logs, replays=self._r3.captures)
             if self._r3.loads is not None:
                 logs.update(self._r3.loads.collect())

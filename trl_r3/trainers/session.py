@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._compat import adapters_are_off
+from .._compat import adapters_are_off, forget_buffered_inputs
 from ..engines.continuous_batching import recorded_batches
 from ..engines.generate import recorded_generate
 from ..engines.known_routes import KnownRoutes
@@ -24,7 +24,6 @@ from ..masks.masked_batch import MaskedBatch
 from ..masks.restricted_head import restricted_head
 from ..records.samples import CheckedTokens, Sample, ScoredBatch
 from ..records.unpadded_rows import recorded_rows
-from ._compat_trainers import forget_buffered_inputs
 from .attaching import Attachment, ReplayingTrainer
 from .load_log import LoadLog
 from .log import ReplayLog, counted_tokens, make_together, raise_together, sampled_logprobs, samples_another
