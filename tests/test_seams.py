@@ -322,7 +322,7 @@ SEAMS = [
     ),
     *(
         Seam(
-            "trainers/_compat_trainers.py",
+            "_compat.py",
             f"{trainer.__name__} sets _buffered_inputs",
             lambda t=trainer: sets(t, "_buffered_inputs"),
         )
