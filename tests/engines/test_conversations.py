@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trl.experimental.async_grpo import async_rollout_worker
 from trl.experimental.async_grpo.async_rollout_worker import TurnRecord, _chain_to_sequences
@@ -104,16 +104,21 @@ def test_each_row_is_that_of_the_first_turn_that_fed_its_token(turns, leaves_out
 
 @few
 @given(rendered_turns())
+@example([([1, 2], [0, 1])] * 2)  # two that are equal keep their own
 def test_turns_that_know_of_no_conversation_are_joined_by_the_builder(turns):
     """As where a harness samples each turn on a thread: all rows come, and each answer stands for itself."""
     outputs = [
         Conversation(SHAPE).add(p, c, told(number, len(p) + len(c) - 1), (0, 0), number)
         for number, (p, c) in enumerate(turns)
     ]
+    unseen = list(enumerate(turns))
     for tokens, routes in by_builder(turns, outputs):
-        rows, last = routes.rows, max(i for i, (p, c) in enumerate(turns) if p + c == tokens)
+        rows = routes.rows
         assert rows[:, 1, 1].tolist() == [10 + position for position in range(len(tokens) - 1)]
-        assert rows[len(turns[last][0]) :, 0, 0].tolist() == [last] * (len(turns[last][1]) - 1)
+        ends = [(i, (p, c)) for i, (p, c) in unseen if p + c == tokens]
+        own = [(i, (p, c)) for i, (p, c) in ends if rows[len(p) :, 0, 0].tolist() == [i] * (len(c) - 1)]
+        assert own
+        unseen.remove(own[0])
 
 
 CLEAN = [([1, 1, 2], [2, 0]), ([1, 1, 2, 2, 0, 1, 1], [2, 2])]
