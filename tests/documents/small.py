@@ -27,7 +27,8 @@ ANY_RUN = {
     "disable_tqdm": True,
 }
 ANY_ROLLOUT = {"num_generations": 2, "max_completion_length": 8}
-BATCHING = {"transformers_continuous_batching_config": {"num_blocks": 64}}  # by default half of the machine's memory
+# what is not set follows from the machine's memory
+BATCHING = {"transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 256}}
 LEFT_OUT = re.compile(r"use_vllm|vllm_\w+|steps_per_generation|generation_batch_size|num_train_epochs")
 
 # Imported for real, then replaced: the first two need a network, the last one a package that reads mathematics.

@@ -19,6 +19,11 @@ from trl_r3.engines.continuous_batching import RecordedSteps
 
 # which Transformers 5.17 calls `block_size`
 PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"
+SMALL = {
+    "num_blocks": 64,
+    "max_batch_tokens": 256,
+    PAGE_SIZE: 16,
+}  # what is left out follows from the memory that is there
 PROMPTS = ["t30 t31 t32", "t40", "t50 t51 t52 t53 t54 t55 t56", " ".join(f"t{i}" for i in range(60, 100))]
 
 
@@ -41,7 +46,7 @@ def steps(monkeypatch):
 def make(tmp_path, prompts=PROMPTS, config=None, **settings):
     defaults = {
         "use_transformers_continuous_batching": True,
-        "transformers_continuous_batching_config": config or {"num_blocks": 64, PAGE_SIZE: 16},
+        "transformers_continuous_batching_config": config or SMALL,
         "per_device_train_batch_size": 2 * len(prompts),
         "num_generations": 2,
     }
@@ -78,7 +83,7 @@ def test_duplicates_of_a_prompt(tmp_path, steps):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_log_probabilities_are_over_the_whole_vocabulary(tmp_path, sampling, chunked):
     """Those of the engine are over what top-k and its like have kept: at the same weights they look like mismatch."""
-    config = {"num_blocks": 64, PAGE_SIZE: 16, **({"max_batch_tokens": 16} if chunked else {})}
+    config = {**SMALL, "max_batch_tokens": 16} if chunked else SMALL
     trainer = make(tmp_path, config=config, generation_kwargs=None, **sampling)
     trainer.train()
     logged = [log["sampling/k3_kl"] for log in trainer.state.log_history if "sampling/k3_kl" in log]
@@ -86,7 +91,7 @@ def test_log_probabilities_are_over_the_whole_vocabulary(tmp_path, sampling, chu
 
 
 def test_chunked_prefill(tmp_path, steps):
-    trainer = make(tmp_path, config={"num_blocks": 64, PAGE_SIZE: 16, "max_batch_tokens": 16})
+    trainer = make(tmp_path, config={**SMALL, "max_batch_tokens": 16})
     trainer.train()
     assert max(sum(count for _, _, count in step) for step in steps) <= 16
     assert any(start > 0 and count > 1 for step in steps for _, start, count in step), "no prompt was split"
@@ -248,7 +253,7 @@ def test_the_trainer_sets_what_recording_needs(tmp_path):
 
 def test_block_sharing_is_noticed(tmp_path):
     """Were a prompt served from the cache, its rows would be absent: an error, not a shift."""
-    config = {"num_blocks": 64, PAGE_SIZE: 16, "max_batch_tokens": 48}  # one prompt a step
+    config = {**SMALL, "max_batch_tokens": 48}  # one prompt a step
     trainer = make(tmp_path, prompts=[PROMPTS[3]], config=config, per_device_train_batch_size=4, num_generations=4)
     trainer.continuous_batching_config.allow_block_sharing = True
     with pytest.raises(RuntimeError, match="only .* tokens of it were routed: it shares cache blocks"):

@@ -166,7 +166,7 @@ def on_a_cpu(put: Put) -> None:
 def engine_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What a config says of who makes the rollouts."""
     if options.rollouts == "batching":
-        config = {"num_blocks": 64}
+        config = {"num_blocks": 64, "max_batch_tokens": 256}
         return {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": config}
     if options.rollouts == "colocate":
         sizes = {"vllm_max_model_length": 64, "vllm_tensor_parallel_size": options.tensor_parallel}

@@ -173,7 +173,7 @@ CASTS = ".* in torch.float32, and with `bf16=True` TRL casts them to torch.bfloa
 def of_batches(model, settings, **changes):
     config = {
         "use_transformers_continuous_batching": True,
-        "transformers_continuous_batching_config": {"num_blocks": 64},
+        "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 256},
     }
     return R3GRPOTrainer(
         model=model,

@@ -66,7 +66,7 @@ def test_k3(make_masked, batching):
     """The numbers of masks: at most 1e-10 with them, at least 1e-3 without, in float32 at top_p 0.8."""
     page_size = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"
     engine = {"use_transformers_continuous_batching": True}
-    engine["transformers_continuous_batching_config"] = {"num_blocks": 64, page_size: 16}
+    engine["transformers_continuous_batching_config"] = {"num_blocks": 64, "max_batch_tokens": 64, page_size: 16}
     trainer = make_masked(max_completion_length=24, num_iterations=2, **(engine if batching else {}))
     outputs, samples = [], []
     own = trainer._generate_and_score_completions

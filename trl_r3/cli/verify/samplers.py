@@ -26,7 +26,9 @@ from ..bad_input import BadInput, first_line
 from .sampling import PROCESSED, Sampling, VerifiedRollout
 
 _SHARE_OF_GPU = 0.3  # of its memory, for vLLM: TRL's default beside a model that trains
+# of continuous batching: what is left out is solved for, and takes most of the memory that the machine has
 _CACHE_BLOCKS = 64
+_BATCH_TOKENS = 1024
 
 
 def transformers_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -> VerifiedRollout:
@@ -53,7 +55,7 @@ def transformers_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -
 
 def continuous_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -> VerifiedRollout:
     """By continuous batching, with the routes of its packed steps."""
-    config = ContinuousBatchingConfig(num_blocks=_CACHE_BLOCKS)
+    config = ContinuousBatchingConfig(num_blocks=_CACHE_BLOCKS, max_batch_tokens=_BATCH_TOKENS)
     recordable_config(config)
     with torch.no_grad(), recorded_steps(replay, sampling.temperature) as recorded:
         outputs = model.generate_batch(
