@@ -95,6 +95,50 @@ def test_a_bias_that_moves_is_followed():
     assert int(before.changed_routers) == 0 and int(after.changed_routers) > 0
 
 
+@pytest.mark.parametrize(("name", "value"), [("norm_topk_prob", False), ("top_k", 3)])
+def test_a_gate_that_is_set_otherwise_later_is_told(qwen, name, value):
+    """The op would go on with the gate that was there; interception runs the router's own code."""
+    with torch.no_grad(), RouterReplay(qwen) as replay, replay.record() as recorded:
+        qwen(batch())
+    routes = recorded.routed_experts
+    with RouterReplay(qwen, gating="op") as replay:
+        replayed_logits(qwen, replay, routes)
+        before = getattr(replay.routers[-1].module, name)
+        setattr(replay.routers[-1].module, name, value)
+        with pytest.raises(RuntimeError, match=f"`{name}` of .*gate is {value}, but was {before} .* Attach again"):
+            replayed_logits(qwen, replay, routes)
+        setattr(replay.routers[-1].module, name, before)
+    with RouterReplay(qwen, gating="intercept") as replay:
+        logits = replayed_logits(qwen, replay, routes)
+        replay.routers[-1].module.norm_topk_prob = False
+        assert not torch.allclose(replayed_logits(qwen, replay, routes), logits)
+
+
+def replayed_logits(model, replay: RouterReplay, routes: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), replay.replay(routes):
+        return model(batch()).logits
+
+
+@pytest.mark.parametrize("counts", [0, 1])
+def test_a_router_that_counts_is_intercepted(qwen, counts):
+    """Its settings change with each forward, so nobody could tell which of them matter to its gate."""
+    for gate in [module for name, module in qwen.named_modules() if name.endswith("mlp.gate")]:
+
+        class Counting(type(gate)):
+            calls = 0
+
+            def forward(self, hidden):
+                self.calls += counts
+                return super().forward(hidden)
+
+        gate.__class__, gate.calls = Counting, 0
+    if counts:
+        with pytest.raises(UnsupportedRouterError, match="does not cover its gate"):
+            RouterReplay(qwen, gating="op")
+    else:
+        RouterReplay(qwen, gating="op").remove()
+
+
 def test_changed_routers_are_told_by_layer():
     """In the order of the layers, also where only some of them are gated by the op."""
     model = build_tiny("qwen3_moe")

@@ -23,6 +23,16 @@ def test_refused(config, changes, message, tmp_path):
         config(str(tmp_path), **{**settings, **changes})
 
 
+def test_a_kl_term_that_the_weight_would_scale_is_refused(tmp_path):
+    """GMPO has the setting from its parent, and a KL term without ratios."""
+    settings = {"use_routing_replay": True, "routing_replay_shift_weight": True, "num_iterations": 2, "bf16": False}
+    with pytest.raises(ValueError, match="with beta=0.04 and `use_bias_correction_kl=True` TRL multiplies"):
+        R3GRPOConfig(str(tmp_path), **settings, beta=0.04)
+    R3GRPOConfig(str(tmp_path), **settings, beta=0.04, use_bias_correction_kl=False)
+    R3GRPOConfig(str(tmp_path), **{**settings, "routing_replay_shift_weight": False}, beta=0.04)
+    R3GMPOConfig(str(tmp_path), **settings, beta=0.04)
+
+
 def test_trainers_without_a_ratio_a_token_do_not_have_it(tmp_path):
     with pytest.raises(TypeError, match="routing_replay_shift_weight"):
         R3RLOOConfig(str(tmp_path), routing_replay_shift_weight=True)

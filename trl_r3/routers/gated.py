@@ -88,6 +88,26 @@ class GatedRouter(Router):
     """
 
     formula: GateFormula = field(kw_only=True)
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self):
+        self.settings = _settings(self.module)
+
+    def check_unchanged(self) -> None:
+        """
+        The formula was found for the settings that the router had.
+
+        Raises:
+            `RuntimeError`: If one of them has been changed since.
+        """
+        for name, value in _settings(self.module).items():
+            before = self.settings.get(name, value)
+            if before != value:
+                raise RuntimeError(
+                    f"`{name}` of {self.name} is {value!r}, but was {before!r} when replay was "
+                    "attached, and `masked_topk_gating` computes the gate of that time. Attach again, or attach with "
+                    "`gating='intercept'`."
+                )
 
     def replay(
         self,
@@ -114,6 +134,14 @@ class GatedRouter(Router):
         """(N, K) logarithms of the scores that a replaying forward gave some experts, before bias and groups."""
         log_scores_NE = _log_scores(routed.output[0].detach(), self.formula.score)
         return log_scores_NE.gather(1, ids_NK.long().clamp(0, self.num_experts - 1))  # a missing row has no ids
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The numbers, flags and words of a router, which its gate may depend on."""
+    kinds = (bool, int, float, str)
+    own = {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name[0] != "_"}
+    own.pop("training", None)  # `train()` and `eval()` set it, and a gate that reads it is not covered
+    return own
 
 
 def _log_scores(logits_NE: Tensor, score: str) -> Tensor:
@@ -146,8 +174,11 @@ def with_gating_op(
     Returns:
         [`GatedRouter`], or `None` where the op does not cover the gate.
     """
+    settings = _settings(router.module)
     with torch.no_grad():
         output = forward(*args, **kwargs)
+    if _settings(router.module) != settings:  # it counts, say
+        return None
     if not (isinstance(output, tuple) and len(output) == 3 and router.ids_output == 2 and output[0].ndim == 2):
         return None
     logits_NE, weights_NK, own_NK = output

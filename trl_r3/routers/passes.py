@@ -139,6 +139,8 @@ class ReplayingPass(RecordingPass):
         scores: bool = False,
     ):
         super().__init__(routers, layout)
+        for router in routers:
+            router.check_unchanged()
         self.scores: dict[int, Tensor] | None = {} if scores else None  # by MoE layer: (N, K), logarithms
         self.observed_M = None if observed_M is None else observed_M.to(replayed_NLK.device)
         self.observed: dict[int, Tensor] = {}  # by MoE layer: (M, K)

@@ -130,6 +130,9 @@ class Router:
         """
         return self._intercept(forward, args, kwargs, _Selection(self, replayed_NK, missing_N1, compare))
 
+    def check_unchanged(self) -> None:
+        """Nothing: whatever its own forward computes with now, it computes with in a replay."""
+
     def repeat(self, forward: Callable, args: tuple, kwargs: dict[str, Any], executed_NK: Tensor) -> Any:
         """Run the router's forward again, with the `(N, K)` ids that [`Router.record`] told of it; its output."""
         # by the same code as there: non-reentrant checkpointing wants both to save the same tensors

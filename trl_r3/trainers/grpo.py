@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trl import GRPOConfig, GRPOTrainer
 
 from .mixin import RoutingReplayMixin
-from .shift_config import RouterShiftConfigMixin
+from .shift_config import RouterShiftConfigMixin, check_kl
 
 
 @dataclass
@@ -37,7 +37,8 @@ class R3GRPOConfig(RouterShiftConfigMixin, GRPOConfig):
         routing_replay_trace_every (`int`, *optional*, defaults to `1`):
             Write one every so many steps.
         routing_replay_shift_weight (`bool`, *optional*, defaults to `False`):
-            Whether the importance ratio of a token shrinks as its routers move away from the rollout (RSPO).
+            Whether the importance ratio of a token shrinks as its routers move away from the rollout (RSPO). With a
+            `beta`, set `use_bias_correction_kl=False`.
         use_sampling_mask_replay (`bool`, *optional*, defaults to `False`):
             Whether the training distribution is restricted to the tokens that truncated sampling left in the rollout.
         routing_replay_spill_dir (`str`, *optional*):
@@ -50,6 +51,10 @@ class R3GRPOConfig(RouterShiftConfigMixin, GRPOConfig):
     >>> args = R3GRPOConfig("out", use_routing_replay=True, use_vllm=True)
     ```
     """
+
+    def check_replay(self):
+        super().check_replay()
+        check_kl(self)
 
 
 class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):

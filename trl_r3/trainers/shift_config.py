@@ -63,3 +63,24 @@ def check_shift(args: RouterShiftConfigMixin) -> None:
             "which TRL skips here: all updates of a rollout fall into one optimizer step, before which no router "
             "moves. Set `num_iterations` or `steps_per_generation` higher, or `routing_replay_shift_weight=False`."
         )
+
+
+def check_kl(args: RouterShiftConfigMixin) -> None:
+    """
+    Refuse a weight by router shift where GRPO multiplies its KL term by the same ratios: they are not the importance
+    ratios that make it unbiased.
+
+    Args:
+        args ([`RouterShiftConfigMixin`]):
+            The config, which is a [`~trl.GRPOConfig`], too.
+
+    Raises:
+        `ValueError`: Naming both settings, and what to set instead.
+    """
+    beta, corrects = (getattr(args, name) for name in ("beta", "use_bias_correction_kl"))
+    if args.routing_replay_shift_weight and beta and corrects:
+        raise ValueError(
+            f"`routing_replay_shift_weight` scales the importance ratios, and with beta={beta} and "
+            "`use_bias_correction_kl=True` TRL multiplies the KL term by them. Set `use_bias_correction_kl=False`, "
+            "`beta=0.0`, or `routing_replay_shift_weight=False`."
+        )
