@@ -22,7 +22,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trl-r3 {__version__}")
     commands = parser.add_subparsers(dest="command")
+    for add in (_add_demo, _add_check, _add_verify, _add_plan, _add_report):
+        add(commands)
+    return parser
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="train a small mixture of experts on this CPU, without replay and with it")
     demo.add_argument(
         "--mismatch",
@@ -42,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for table, plot and log (default: %(default)s)",
     )
 
+
+def _add_check(commands: Any) -> None:
     check = commands.add_parser("check", help="say whether the routing of a model can be replayed, and try it")
     check.add_argument("model", help="id on the Hugging Face Hub, or a local folder")
     check.add_argument("--dtype", default="auto", help="dtype to load it in (default: that of the checkpoint)")
@@ -49,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_trust(check)
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser("verify", help="let an engine sample, and hold its routes against training")
     verify.add_argument("model", help="id on the Hugging Face Hub, a local folder, or that of a LoRA adapter")
     verify.add_argument(
@@ -63,21 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--device", default=None, help="of the training forward (default: cpu, or that of the trace)")
     _add_trust(verify)
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-    _add_plan(commands)
-
-    report = commands.add_parser("report", help="say whether a run is healthy, by its traces and log, and draw it")
-    report.add_argument(
-        "folders",
-        type=Path,
-        nargs="+",
-        metavar="folder",
-        help="the `output_dir` of a run, or a folder with traces; two are compared",
-    )
-    written = report.add_mutually_exclusive_group()
-    written.add_argument("--output", type=Path, default=None, help="folder to write to (default: inside the first)")
-    written.add_argument("--json", action="store_true", help="print verdict and numbers as JSON, and draw nothing")
-    return parser
 
 
 def _add_plan(commands: Any) -> None:
@@ -128,6 +122,20 @@ def _add_plan(commands: Any) -> None:
     )
     _add_trust(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="say whether a run is healthy, by its traces and log, and draw it")
+    report.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="folder",
+        help="the `output_dir` of a run, or a folder with traces; two are compared",
+    )
+    written = report.add_mutually_exclusive_group()
+    written.add_argument("--output", type=Path, default=None, help="folder to write to (default: inside the first)")
+    written.add_argument("--json", action="store_true", help="print verdict and numbers as JSON, and draw nothing")
 
 
 def _add_trust(command: Any) -> None:
