@@ -10,7 +10,11 @@ all modules are imported, so a case finds what a launch gives it and leaves noth
 from __future__ import annotations
 
 import faulthandler
+import functools
+import gc
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -55,12 +59,19 @@ def meet(store: TCPStore, name: str, text: str = "") -> str:
     return first.decode()
 
 
-def let_gloo_reduce() -> None:
-    """DeepSpeed would first compile a reduce of its own for CPUs, for a minute in a fresh environment."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or "deepspeed" in sys.modules:
+def share(modules: set[str]) -> None:
+    """Let the cases find done what each of them would do again."""
+    for module in modules:
+        importlib.import_module(module)
+    if importlib.util.find_spec("deepspeed") is not None:  # Accelerate imports it where it is installed
         from deepspeed import ops
 
+        # it would first compile a reduce of its own for CPUs, for a minute in a fresh environment
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Accelerate reads two a dozen times a run, and for each weight that is sent
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+    gc.collect()
+    gc.freeze()  # it collects at the end of a run, over two million objects of libraries
 
 
 def run_case(folder: Path, name: str, module: str, options: list[str], port: str) -> None:
@@ -103,9 +114,7 @@ def watch_case(process: int, store: TCPStore, failure: str) -> None:
 def main(listed: Path) -> None:
     store = of_launcher()
     cases = json.loads(listed.read_text())
-    for _, module, _ in cases:
-        importlib.import_module(module)
-    let_gloo_reduce()
+    share({module for _, module, _ in cases})
     kept = []
     for index, (name, module, options) in enumerate(cases):
         # a store for each: keys of a process group that has ended would still be in it
