@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -95,13 +94,6 @@ class Results:
             if first:
                 self.launches[key].run(self.folder)
         return self.launches[key].reports(self.folder, name)
-
-
-def launch(folder: Path, config: str, name: str, *options: Any) -> list[dict]:
-    """What each rank reports of one training that has a launch of its own."""
-    alone = Launch(of_config(config), [Case(name, TRAIN, [*options])])
-    alone.run(folder)
-    return alone.reports(folder, name)
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:

@@ -11,12 +11,24 @@ from pathlib import Path
 
 import cpu_engine
 import pytest
-from sharded.launching import KINDS, launch, needs_deepspeed
+from sharded.launching import KINDS, TRAIN, Case, Launch, Results, needs_deepspeed, of_config
 from transformers import PreTrainedModel
 
 pytestmark = pytest.mark.vllm
 
 STEPS, UPDATES = 4, 2  # steps of a run, and those on each rollout
+
+
+def cases(config: str, url: str) -> list[Case]:
+    """What one launch of a config trains; the server is at a URL."""
+    found = {f"server {config}": ["--rollouts", "server", "--url", url]}
+    colocated = ["--rollouts", "colocate", "--checkpointing", "non-reentrant"]
+    found[f"colocate {config}"] = colocated
+    if config == "fsdp2":
+        found["colocate adapters"] = [*colocated, "--lora"]
+        if not cpu_engine.SECOND_RUNNER:
+            found["tensor parallel"] = ["--rollouts", "colocate", "--tensor-parallel", 2]
+    return [Case(name, TRAIN, options) for name, options in found.items()]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +37,15 @@ def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("sharded")
     cpu_engine.save_with_tokenizer(model, folder / "model")
     return folder
+
+
+@pytest.fixture
+def results(folder: Path, server_on_cpu: str) -> Iterator[Results]:
+    """What each rank reports of a case, by its name."""
+    yield Results(folder, {config: Launch(of_config(config), cases(config, server_on_cpu)) for config in KINDS})
+    # vLLM ends the segments that two processes of an engine share in an exit handler, which a case does without
+    for rank in range(2):
+        Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").unlink(missing_ok=True)
 
 
 def assert_right(ranks: list[dict], config: str) -> None:
@@ -41,31 +62,25 @@ def assert_right(ranks: list[dict], config: str) -> None:
         assert second["routing_replay/changed_router_frac"] > 0.01, "live routes of the second update are others"
 
 
-@pytest.mark.parametrize(
-    "config, lora",
-    [("ddp", False), ("fsdp2", False), ("fsdp2", True), pytest.param("zero3", False, marks=needs_deepspeed)],
-)
-def test_an_engine_in_each_process(folder: Path, config: str, lora: bool) -> None:
-    options = ["--rollouts", "colocate", "--checkpointing", "non-reentrant", *["--lora"] * lora]
-    assert_right(launch(folder, config, f"colocate_{config}_{lora}", *options), config)
+CONFIGS = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
 
 
-@pytest.fixture
-def shared_memory() -> Iterator[None]:
-    """The segments that two processes of an engine share, whose name is always the same, are gone afterwards."""
-    yield
-    for rank in range(2):  # vLLM does so in an exit handler, which the script does without
-        Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").unlink(missing_ok=True)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_engine_in_each_process(results: Results, config: str) -> None:
+    assert_right(results(f"colocate {config}"), config)
+
+
+def test_an_engine_in_each_process_of_adapters(results: Results) -> None:
+    assert_right(results("colocate adapters"), "fsdp2")
 
 
 @pytest.mark.skipif(
     cpu_engine.SECOND_RUNNER, reason="vLLM 0.31 and later return no routes with tensor parallelism here"
 )
-def test_an_engine_over_two_processes(folder: Path, shared_memory: None) -> None:
-    assert_right(launch(folder, "fsdp2", "tensor_parallel", "--rollouts", "colocate", "--tensor-parallel", 2), "fsdp2")
+def test_an_engine_over_two_processes(results: Results) -> None:
+    assert_right(results("tensor parallel"), "fsdp2")
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_a_server(folder: Path, server_on_cpu: str, config: str) -> None:
-    options = ["--rollouts", "server", "--url", server_on_cpu]
-    assert_right(launch(folder, config, f"server_{config}", *options), config)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_server(results: Results, config: str) -> None:
+    assert_right(results(f"server {config}"), config)
