@@ -145,6 +145,17 @@ def offloading_is_seen() -> bool:
     return embedding.weight.is_meta and fetched and embedding._hf_hook.execution_device is not None
 
 
+def hooks_on_all_modules_are_held() -> bool:
+    modules = torch.nn.modules.module
+    handles = modules.register_module_forward_hook(print), modules.register_module_forward_pre_hook(print)
+    held = modules._global_forward_hooks.keys(), modules._global_forward_pre_hooks.keys()
+    try:
+        return all(handle.id in ids for handle, ids in zip(handles, held, strict=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def head_is_called() -> bool:
     """
     Whether TRL's scoring forward looks its function up on each call, and hands over nine arguments in this order.
@@ -623,6 +634,11 @@ SEAMS = [
             [*(module := torch.nn.Linear(1, 1))._forward_hooks] == []
             and (_handle := module.register_forward_hook(print)).id in module._forward_hooks
         ),
+    ),
+    Seam(
+        "_compat.py",
+        "torch.nn.modules.module._global_forward_hooks and _global_forward_pre_hooks hold those on all modules",
+        hooks_on_all_modules_are_held,
     ),
     Seam("_compat.py", "torch._dynamo.OptimizedModule", lambda: isinstance(torch._dynamo.OptimizedModule, type)),
     Seam("records/samples.py", "torch.Tensor._version", lambda: torch.zeros(1).add_(1)._version == 1),

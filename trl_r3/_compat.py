@@ -75,10 +75,7 @@ def without_checkpointing() -> dict[str, Any]:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """
-    The device on which a hook of Accelerate runs a module whose weights are offloaded. Goes when Accelerate has a
-    public way to ask.
-    """
+    """Where a hook of Accelerate runs a module of offloaded weights. Goes when Accelerate has a public way to ask."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return None if device is None else torch.device(device)
 
@@ -91,8 +88,10 @@ def fetches_weights(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks) or "forward" in vars(module)
 
 
-def forward_hooks(module: nn.Module) -> tuple[dict[int, Callable], dict[int, Callable]]:
-    """Hooks before and after the forward of a module, by their ids. Goes when PyTorch has a public way to ask."""
+def forward_hooks(module: nn.Module | None) -> tuple[dict[int, Callable], dict[int, Callable]]:
+    """Hooks before and after the forward of a module, or of all, by ids. Goes when PyTorch has a public way to ask."""
+    if module is None:
+        return nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
     return module._forward_pre_hooks, module._forward_hooks
 
 

@@ -32,6 +32,16 @@ def behind(model, rows):
     return model.model.layers[2].mlp.gate.register_forward_hook(lambda module, args, output: note_in(rows, args))
 
 
+def everywhere(model, rows):
+    experts = model.get_submodule(EXPERTS)
+
+    def note(module, args):
+        if module is experts:
+            note_in(rows, args)
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(note)
+
+
 class Spy:
     """A forward in place of the own one."""
 
@@ -63,6 +73,7 @@ WATCHES = {
     "attention": (hooked("model.layers.0.self_attn.q_proj"), "model.layers.0.self_attn.q_proj"),
     "a layer": (hooked("model.layers.0"), "model.layers.0"),
     "what the head is given": (hooked("model.norm"), "model.norm"),
+    "all modules": (everywhere, "all modules"),
     "a forward in place": (Spy, EXPERTS),
 }
 

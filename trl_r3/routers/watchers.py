@@ -1,7 +1,7 @@
 """Who else looks at what goes through the decoder: whoever counts the rows there expects those of the batch.
 
-A hook on any module in the decoder is a watcher, and a forward of its own that experts or a router were given, unless
-a library put it there.
+A hook on a module in the decoder, or on all that there are, is a watcher, and a forward of its own that experts or a
+router were given, unless a library put it there.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Watchers:
         modules = self._current.get()
         if modules is self._walked:
             return
-        self._walked, self._names, self._hooks, self._holders = modules, [], [], []
+        self._walked, self._names, self._holders = modules, ["all modules"] * 2, []
+        self._hooks = [*forward_hooks(None)]
         for below, module in self._current.stack.named_modules():
             if not below:  # what goes in there and comes out is of the batch
                 continue
