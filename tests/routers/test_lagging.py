@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from engines.tiny_chat import tiny_qwen3_moe
@@ -130,6 +132,37 @@ def test_weights_of_other_routers_are_refused(spoil, message):
     with pytest.raises(ValueError, match=f"`route_with` {message}"):
         enable_routing_replay(model, route_with=older)
     enable_routing_replay(model)  # nothing was left behind
+
+
+@pytest.mark.parametrize("lag", [None, 2])
+def test_weights_of_the_model_itself_are_refused(lag):
+    """`state_dict()` copies nothing, so that they would never be older than those of now."""
+    model = tiny_qwen3_moe()
+    with pytest.raises(ValueError, match="of the model itself, as `model.state_dict.*Pass copies"):
+        enable_routing_replay(model, route_with=model.state_dict(), lag=lag)
+    enable_routing_replay(model, route_with=copy.deepcopy(model.state_dict()), lag=lag)
+
+
+def test_an_average_is_kept_in_more_bits_than_the_model_has():
+    model = tiny_qwen3_moe().to(torch.bfloat16)
+    older = other_weights(model)
+    assert {each.dtype for each in older.values()} == {torch.float32}
+    enable_routing_replay(model, route_with=older)
+    _, calls, inputs, now = trained(model, "non_reentrant")[-1]
+    given = [each.to(torch.bfloat16) for name, each in older.items() if name.endswith("mlp.gate.weight")]
+    assert all(torch.equal(as_sets(executed), as_sets(selected(inputs, given))) for executed in calls)
+    assert not torch.equal(as_sets(calls[0]), as_sets(selected(inputs, now)))
+
+
+def test_a_router_that_is_sharded_later_is_refused():
+    """As by a trainer, which prepares the model after it was enabled."""
+    model = tiny_qwen3_moe()
+    enable_routing_replay(model, lag=1)
+    model(IDS, labels=IDS, use_cache=False)
+    gate = gates(model)[1]
+    gate.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match="weight of .*gate is sharded, so no process holds the weights"):
+        model(IDS, labels=IDS, use_cache=False)
 
 
 def test_a_step_is_told_by_the_weights_and_not_by_forwards():

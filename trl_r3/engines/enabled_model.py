@@ -57,9 +57,10 @@ def enable_routing_replay(
             plain training, bit for bit. DeepSeek-V4's anticipatory routing (arXiv 2606.19348) is more: there the whole
             model of an earlier step selects, in a forward of its own over data that is fetched ahead.
         route_with (mapping of `str` to `torch.Tensor`, *optional*):
-            Older weights of all routers by their names in the model, such as an earlier `model.state_dict()`, of which
-            nothing else is read. They make the selection always, as they are then (update them in place for an average
-            over steps, say), or with `lag` while fewer steps were taken, as when a run goes on.
+            Older weights of all routers by their names in the model, such as a copy of an earlier
+            `model.state_dict()`, of which nothing else is read. They make the selection always, as they are then
+            (update them in place for an average over steps, say), or with `lag` while fewer steps were taken, as when
+            a run goes on.
 
     Returns:
         [`RouterReplay`]: The handle, for `record()` and `replay()`.

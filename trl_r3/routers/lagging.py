@@ -56,6 +56,8 @@ class OlderRouters:
         """Keep the weights, if a step has changed them."""
         if not self._ages:
             return
+        for router in self.routers:  # a trainer may have sharded them since
+            _check(router)
         now = [_state(router.module) for router in self.routers]
         versions = [edits(each) for state in now for each in state.values()]
         if versions != self._versions or self._moved(now):
@@ -82,7 +84,7 @@ class OlderRouters:
         own = _state(module)
         try:
             for name, kept in self._kept[0][index].items():
-                is_parameter, each = isinstance(own[name], nn.Parameter), kept.to(own[name].device)
+                is_parameter, each = isinstance(own[name], nn.Parameter), kept.to(own[name])  # an average is wider
                 _put(module, name, nn.Parameter(each, requires_grad=False) if is_parameter else each)
             yield
         finally:
@@ -134,8 +136,13 @@ def _of(router: Router, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if older is None or older.shape != own.shape:
             shape = "nothing" if older is None else f"a tensor of shape {tuple(older.shape)}"
             raise ValueError(
-                f"`route_with` has {shape} for {router.name}.{name}, which is of shape {tuple(own.shape)}. Pass the "
-                "weights of all routers by their names in the model, such as an earlier `model.state_dict()`."
+                f"`route_with` has {shape} for {router.name}.{name}, which is of shape {tuple(own.shape)}. Pass "
+                "the weights of all routers by their names in the model, as a copy of `model.state_dict()` has them."
+            )
+        if older.untyped_storage().data_ptr() == own.untyped_storage().data_ptr():
+            raise ValueError(
+                f"`route_with` has {router.name}.{name} of the model itself, as `model.state_dict()` returns it: each "
+                "step would change it, too, and nothing would lag. Pass copies, such as `copy.deepcopy` makes."
             )
         found[name] = older.detach()
     return found
