@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engines.fake_vllm import npy_base64
-from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+from trl.experimental.async_grpo.async_rollout_worker import RolloutSample, TrainingSequence
 
 from trl_r3 import RoutingLayout
 from trl_r3.engines.conversations import Conversation, ConversationRoutes, Piece
@@ -38,12 +38,13 @@ class Loop:
         return [(await self._post("/v1/completions", {"prompt": p}, 1))["choices"][0]["token_ids"] for p in prompts]
 
     async def _score_group(self, group):
-        return [plain(sequence.input_ids) for each in group.completions_sequences for sequence in each]
+        return [plain(s.input_ids, s.old_log_probs) for each in group.completions_sequences for s in each]
 
 
-def plain(tokens) -> RolloutSample:
+def plain(tokens, logprobs=None) -> RolloutSample:
     ids = np.array(tokens, dtype=np.int64)
-    return RolloutSample([], [], ids, np.ones_like(ids), np.zeros(len(ids), np.float32), 0.5, 3, 7, {"reward": 1.0})
+    logprobs = np.zeros(len(ids), np.float32) if logprobs is None else np.array(logprobs, np.float32)
+    return RolloutSample([], [], ids, np.ones_like(ids), logprobs, 0.5, 3, 7, {"reward": 1.0})
 
 
 def rows(count, first=0):
@@ -135,6 +136,63 @@ def test_samples_get_the_routes_of_their_sequences():
     assert [sample.record[0, 0, 0] for sample in samples] == [0, 1, 2]
     assert [sample.spans.tolist() for sample in samples] == [[[2, i, i]] for i in range(3)]
     assert all(isinstance(sample, RoutedSample) and sample.advantage == 0.5 for sample in samples)
+
+
+class Choosing(Loop):
+    """A loop of one's own, which leaves the first sample out and begins with the last."""
+
+    async def _score_group(self, group):
+        return (await super()._score_group(group))[:0:-1]
+
+
+class Cutting(Loop):
+    """One that edits a sample."""
+
+    async def _score_group(self, group):
+        first, *others = await super()._score_group(group)
+        first.input_ids, first.old_log_probs = first.input_ids[:-1], first.old_log_probs[:-1]
+        return [first, *others]
+
+
+def a_group(count):
+    """Sequences of equal tokens, which were drawn at weights of their own."""
+    routes = [ConversationRoutes((Piece(torch.from_numpy(rows(2, i)), i, i),)) for i in range(count)]
+    sequences = [RoutedSequence([4, 1, 2], [0, 1, 1], [0.0, -i / 3, -1.0], "id", r) for i, r in enumerate(routes)]
+    return SimpleNamespace(completions_sequences=[[each] for each in sequences])
+
+
+def test_a_loop_may_leave_samples_out():
+    loop = recording_loop(Choosing, SHAPE)
+    samples = asyncio.run(loop._score_group(a_group(4)))
+    assert [sample.record[0, 0, 0] for sample in samples] == [3, 2, 1]
+    assert not any(sample.fault for sample in samples)
+
+
+class Clamping(Loop):
+    """One that edits what is none of the tokens."""
+
+    async def _score_group(self, group):
+        samples = await super()._score_group(group)
+        for sample in samples:
+            sample.old_log_probs = sample.old_log_probs.clip(-0.5)
+        return samples
+
+
+def test_a_loop_may_edit_log_probabilities():
+    samples = asyncio.run(recording_loop(Clamping, SHAPE)._score_group(a_group(3)))
+    assert [sample.record[0, 0, 0] for sample in samples] == [0, 1, 2]
+
+
+def test_a_sample_that_a_loop_edits_tells_so():
+    samples = asyncio.run(recording_loop(Cutting, SHAPE)._score_group(a_group(3)))
+    assert [sample.record is None for sample in samples] == [True, False, False]
+    assert "those of no sequence of its group" in samples[0].fault and not samples[1].fault
+
+
+def test_a_sequence_that_a_loop_made_itself_tells_so():
+    group = SimpleNamespace(completions_sequences=[[TrainingSequence([4, 1], [0, 1], [0.0, -1.0], "id")]])
+    (sample,) = asyncio.run(made([])._score_group(group))
+    assert sample.record is None and "made the sampled tokens of a turn anew" in sample.fault
 
 
 def test_a_sample_in_the_queue_is_hardly_larger_than_its_ids():

@@ -7,8 +7,10 @@ Legend: T tokens of a sample, L MoE layers, K experts per token.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,10 @@ _COMPLETIONS = "/v1/completions"
 _LOST = (
     "the rollout loop made the sampled tokens of a turn anew, so that the routes which came with them are lost. Hand "
     "on the list that `_generate_one_turn` returns as it is."
+)
+_EDITED = (
+    "the rollout loop returned a sample from `_score_group` whose tokens are those of no sequence of its group, so "
+    "that its routes are not known. Return whole sequences as they are, or leave them out."
 )
 
 
@@ -128,8 +134,23 @@ class RecordingLoop(_Loop):
 
     async def _score_group(self, group) -> list[RolloutSample]:
         samples = await super()._score_group(group)
-        sequences = [each for sequences in group.completions_sequences for each in sequences]
-        return [RoutedSample.of(sample, each.routes) for sample, each in zip(samples, sequences, strict=True)]
+        left = defaultdict(list)
+        for each in chain.from_iterable(group.completions_sequences):
+            left[_tokens(each)].append(each)
+        # a loop of one's own may leave samples out, or order them
+        return [RoutedSample.of(sample, _take_routes(left[_tokens(sample)], sample)) for sample in samples]
+
+
+def _tokens(sequence: TrainingSequence | RolloutSample) -> bytes:
+    return np.asarray(sequence.input_ids, np.int64).tobytes()
+
+
+def _take_routes(sequences: list[TrainingSequence], sample: RolloutSample) -> ConversationRoutes:
+    """Of the sequence a sample was made of, among those with its tokens: that drawn alike, or the first."""
+    if not sequences:
+        return ConversationRoutes(fault=_EDITED)
+    drawn = [np.array_equal(np.asarray(each.old_log_probs, np.float32), sample.old_log_probs) for each in sequences]
+    return getattr(sequences.pop(drawn.index(True) if any(drawn) else 0), "routes", ConversationRoutes(fault=_LOST))
 
 
 def _decoded(payload: str | None) -> np.ndarray | ValueError | None:
