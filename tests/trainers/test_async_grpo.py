@@ -21,7 +21,8 @@ from engines.tiny_chat import VOCAB, make_tokenizer, tiny_qwen3_moe
 from peft import LoraConfig
 from trainers.async_runs import WatchedAsync, count_wrong, make_trainer, on_a_cpu
 from trainers.runs import CHECKPOINTING
-from trl.experimental.async_grpo import async_grpo_trainer, async_rollout_worker, packing
+from transformers import TrainerCallback
+from trl.experimental.async_grpo import AsyncGRPOTrainer, async_grpo_trainer, async_rollout_worker, packing
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 from trl_r3 import MisalignedRecordError
@@ -291,6 +292,51 @@ def test_a_loss_that_goes_past_the_record_is_refused(run, monkeypatch):
     monkeypatch.setattr(AsyncReplaySession, "replays", lambda self, number: nullcontext())
     with pytest.raises(RuntimeError, match="builds a graph in a training step, but replays nothing"):
         run(**NOISY, max_steps=1)
+
+
+class Interrupts(TrainerCallback):
+    """What ends a training behind its first step, or stops it there."""
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, KeyError("interrupted")], ids=["stopped", "interrupted"])
+def test_a_trainer_trains_once(run, monkeypatch, error):
+    """What TRL 1.16 leaves in the queue would be trained, though no server follows, and then none would come."""
+    trainers = []
+
+    def build(*args, **settings):
+        trainers.append(make_trainer(*args, callbacks=[Interrupts(error)], **settings))
+        return trainers[0]
+
+    with pytest.raises(KeyError, match="interrupted") if error is not None else nullcontext():
+        run(build=build, **NOISY)
+    (trainer,) = trainers
+    assert trainer.state.global_step == 1
+    assert_given_back(trainer)
+    trained = len(trainer.forwards)
+    # without the refusal nobody would answer for as long as `heartbeat_stale_after_s`
+    monkeypatch.setattr(AsyncGRPOTrainer, "train", lambda self, *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match="begun to train before, .* 1 rollout process .* Construct another trainer"):
+        trainer.train()
+    assert len(trainer.forwards) == trained
+
+
+def test_a_training_that_did_not_begin_does_not_count(run, monkeypatch):
+    def build(*args, **settings):
+        trainer = make_trainer(*args, **settings)
+        with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+            trainer.train(resume_from_checkpoint="no such checkpoint")
+        return trainer
+
+    trainer = run(build=build, **NOISY, max_steps=1)
+    assert trainer.state.global_step == 1
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 import torch
 from model_zoo import build_tiny
 from torch import nn
+from trl.experimental.async_grpo import async_grpo_trainer
 
-from trl_r3.trainers._compat_trainers import attending_plainly, stopping_if_alive
+from trl_r3.trainers._compat_trainers import attending_plainly, refuse_second_training, stopping_if_alive
 
 
 def test_attention_is_plain_inside_and_what_it_was_behind():
@@ -38,3 +39,20 @@ def test_a_dead_process_is_not_waited_for(process):
     assert worker.waited is (process is True) and "stop" not in vars(worker)
     worker.stop()
     assert worker.waited is (process is True)
+
+
+def test_trl_starts_its_rollouts_once():
+    """Where it starts them in each training, the refusal can go."""
+    started = []
+    worker = SimpleNamespace(start=lambda: started.append(worker))
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(is_main_process=True), weight_transfer=None, rollout_worker=worker
+    )
+    trainer._sync_weight = lambda: None
+    callback = async_grpo_trainer._TrainBeginCallback(trainer)
+    for _ in range(2):
+        callback.on_train_begin(None, None, None)
+    assert len(started) == 1
+    refuse_second_training(False)
+    with pytest.raises(RuntimeError, match="Construct another trainer"):
+        refuse_second_training(True)

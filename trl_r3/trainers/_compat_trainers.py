@@ -50,6 +50,20 @@ def stopping_if_alive(worker: Any) -> Iterator[None]:
         yield
 
 
+def refuse_second_training(has_begun: bool) -> None:
+    """
+    Say that TRL's AsyncGRPO trains once. TRL 1.16 starts the rollout process and sends the first weights in the first
+    training only: a second one takes what is left in the queue, of whatever weights, and then waits for a process that
+    is no more. Goes when each training starts one.
+    """
+    if has_begun:
+        raise RuntimeError(
+            "`train()` was called on an asynchronous trainer that has begun to train before, but TRL starts 1 rollout "
+            "process a trainer, and it has ended: what is left in its queue would be trained, and no more would come. "
+            "Construct another trainer, and call its `train(resume_from_checkpoint=...)` to go on."
+        )
+
+
 def beside_tokens(batch: dict[str, Any]) -> dict[str, Any]:
     """
     What TRL gives each forward over a batch beside its tokens: images, and which tokens are theirs. Goes when TRL

@@ -107,6 +107,12 @@ class R3AsyncGRPOTrainer(AttachedTrainer, AsyncGRPOTrainer):
             check_worker(self.rollout_worker)
             warn_of_ratio(self.args, check_server(self.vllm_client, model.config._name_or_path))
 
+    def train(self, *args, **kwargs):
+        """`train` of TRL, which trains once."""
+        if self._r3 is not None:
+            self._r3.begin()
+        return super().train(*args, **kwargs)
+
     def get_train_dataloader(self):
         """`get_train_dataloader` of TRL, whose samples and rows come with their records."""
         if self._r3 is None:

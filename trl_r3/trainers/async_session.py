@@ -20,7 +20,7 @@ from .._compat import swapped
 from ..engines.weight_sync import merged_copies
 from ..records.metrics import ASYNC_SHARES, ReplayStats
 from ..records.packed_row import PackedRow
-from ._compat_trainers import attending_plainly, stopping_if_alive
+from ._compat_trainers import attending_plainly, refuse_second_training, stopping_if_alive
 from .async_queue import RoutedCollator, RoutedQueueDataset, WaitingRows
 from .async_worker import recording_loop
 from .attaching import Attachment
@@ -50,7 +50,12 @@ class AsyncReplaySession:
         self.trainer = trainer
         self.attachment = TreeAttachment(trainer)
         self._until_the_end = ExitStack()
+        self._has_begun = False
         self._start()
+
+    def begin(self) -> None:
+        """Before TRL prepares anything for training."""
+        refuse_second_training(self._has_begun)
 
     def _start(self) -> None:
         self.log = ReplayLog(self.trainer.accelerator, ASYNC_SHARES)
@@ -61,6 +66,7 @@ class AsyncReplaySession:
         """When the policy has been prepared for training, before the rollout process is spawned."""
         worker = self.trainer.rollout_worker
         self.attachment.attach(judges=True)
+        self._has_begun = True
         if isinstance(worker, AsyncRolloutWorker):  # on the main process
             loop = partial(recording_loop, worker._loop_cls, self.attachment.replay.layout)
             self._until_the_end.enter_context(swapped(worker, "_loop_cls", loop))
