@@ -46,6 +46,19 @@ def test_updates_replay_and_a_teacher_in_the_same_module_does_not(qwen3, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_log_has_the_names_of_the_parent(qwen3, tmp_path, kind):
+    """SDPO makes names of metrics of its own name."""
+    parent = next(each for each in TRAINERS[kind].__mro__ if not each.__module__.startswith("trl_r3"))
+    names = []
+    for trainer_class, replays in ((parent, False), (TRAINERS[kind], True)):
+        settings = {"use_routing_replay": replays, "max_steps": 1}
+        trainer, _ = make_student(kind, tmp_path, qwen3(), trainer_class=trainer_class, **settings)
+        trainer.train()
+        names.append({name for entry in trainer.state.log_history for name in entry})
+    assert {name for name in names[1] if not name.startswith(("routing_replay/", "sampling/"))} == names[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_that_replays_is_rejected(qwen3, tmp_path, kind):
     """The wrong variant: the gate tells the teacher by the graph that it does not build."""
 

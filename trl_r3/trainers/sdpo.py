@@ -34,8 +34,7 @@ class R3SDPOTrainer(ReplayLifecycle, SDPOTrainer):
             Configuration.
     """
 
-    _tag_names = ["trl", "sdpo", "r3"]
-    _name = "SDPO with Rollout Routing Replay (R3)"
+    _tag_names = ["trl", "sdpo", "r3"]  # no `_name`: TRL makes names of metrics of it
 
     def _generate(self, prompt_ids):
         r3 = self._r3
