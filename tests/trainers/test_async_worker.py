@@ -93,6 +93,30 @@ def test_conversations_do_not_mix():
     assert torch.equal(other.routes.rows, torch.from_numpy(np.concatenate([rows(2, 10), rows(2, 13)])))
 
 
+class Branching(Loop):
+    """A loop of one's own, which goes on from its first turn twice at once."""
+
+    async def _generate_one(self, prompts):
+        first, *others = ([p] for p in prompts)
+        turns = await super()._generate_one(first)
+        for each in await asyncio.gather(*map(super()._generate_one, others)):
+            turns += each
+        return turns
+
+
+def test_requests_of_a_conversation_at_once():
+    """What one of them was not asked for is what was known when it was sent, whichever is answered first."""
+    prompts = [[1, 2], [1, 2, 5, 9, 7], [1, 2, 5, 9, 7, 7]]
+    told = [rows(2), rows(3, 2), rows(4, 2)]
+    loop = recording_loop(Branching, SHAPE, answers=[answer([5], npy_base64(each)) for each in told])
+    first, *others = asyncio.run(loop._generate_one(prompts))
+    asked = [payload.get("routed_experts_prompt_start", 0) for _, payload in loop.asked]
+    assert asked == [0, 2, 2]
+    assert [each.routes.fault for each in others] == [None, None]
+    assert [len(each.routes) for each in others] == [5, 6]
+    assert all(torch.equal(each.routes.rows, torch.from_numpy(rows(len(each.routes)))) for each in others)
+
+
 def test_what_no_conversation_is_known_of_comes_whole():
     loop = made([answer([5], npy_base64(rows(2))), answer([6], npy_base64(rows(4)))])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ class RecordingLoop(_Loop):
             return await super()._post(path, payload, *args, **kwargs)
         # a turn that is sampled from another task stands for itself, and all of its rows come
         conversation = self._conversation.get(None) or Conversation(self.layout)
+        asked = copy(conversation)  # another request of it may be answered before this one
         prompt = payload["prompt"]
         if known := conversation.known_rows(prompt):
             payload = {**payload, "routed_experts_prompt_start": known}
@@ -129,7 +131,8 @@ class RecordingLoop(_Loop):
         for choice in answer.get("choices", ()):
             self._answers += 1
             told = _decoded(choice.pop("routed_experts", None))
-            choice["token_ids"] = conversation.add(prompt, choice["token_ids"], told, versions, self._answers)
+            choice["token_ids"] = asked.add(prompt, choice["token_ids"], told, versions, self._answers)
+            conversation.tokens, conversation.routes = asked.tokens, asked.routes
         return answer
 
     async def _score_group(self, group) -> list[RolloutSample]:
