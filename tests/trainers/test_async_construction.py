@@ -90,6 +90,8 @@ def test_servers():
         ({"top_k": 5, "min_p": 0.1}, "processed_logprobs", "^top_k=5, min_p=0.1 changes"),
         ({"repetition_penalty": 1.1}, "processed_logprobs", "^repetition_penalty=1.1 changes"),
         ({"temperature": 0.7}, "raw_logprobs", "mode raw_logprobs, without temperature 0.7"),
+        ({}, "processed_logits", r"returns logits in place of log-probabilities \(mode processed_logits\)"),
+        ({}, "raw_logits", r"returns logits in place of log-probabilities \(mode raw_logits\)"),
     ],
 )
 def test_what_enters_the_ratio_is_warned_of(settings, mode, words):

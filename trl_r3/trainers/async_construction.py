@@ -127,6 +127,11 @@ def warn_of_ratio(args: Any, info: dict[str, Any]) -> None:
             "vocabulary, so that every importance ratio is off. Set `top_p=1.0`, `top_k=0`, `min_p=None` and "
             "`repetition_penalty=1.0`."
         )
+    if mode is not None and mode.endswith("_logits"):
+        warn(
+            f"the server returns logits in place of log-probabilities (mode {mode}), so that every importance ratio "
+            "is off. Start it with `--logprobs-mode processed_logprobs`."
+        )
     if mode == "raw_logprobs" and (named or args.temperature != 1.0):
         warn(
             f"the server returns log-probabilities in mode {mode}, without temperature {args.temperature} and what "
