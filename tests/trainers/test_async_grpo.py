@@ -449,6 +449,16 @@ def test_construction_refuses_what_brings_no_routes(construct):
         construct(routing_replay_mode="R2")
 
 
+def test_settings_that_are_changed_are_checked_when_training_begins(construct):
+    trainer = construct()
+    for name, value in (("routing_replay_shared_rows", "last"), ("routing_replay_mode", "R2")):
+        right = getattr(trainer.args, name)
+        setattr(trainer.args, name, value)
+        with pytest.raises(ValueError, match=f"`{name}` is '{value}', "):
+            trainer.train()
+        setattr(trainer.args, name, right)
+
+
 def test_a_constructed_trainer_says_what_it_found(construct):
     with pytest.warns(RuntimeWarning, match="top_k=5 changes the distribution"):
         trainer = construct(top_k=5)

@@ -37,3 +37,16 @@ def test_a_training_that_fails_leaves_no_hook(qwen3, tmp_path, kind):
         trainer.train()
     assert attached == [True] and not instance_forwards(trainer.model)
     assert trainer.rollout_samples == [] and trainer.routing_replay.moe_layers == [0, 2, 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "value"), [("routing_replay_alarm", "loud"), ("routing_replay_max_missing", "0.1")])
+def test_settings_that_are_changed_are_checked_when_training_begins(qwen3, tmp_path, kind, name, value):
+    trainer, _ = make_student(kind, tmp_path, qwen3())
+    right = getattr(trainer.args, name)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=f"`{name}` is '{value}', expected"):
+        trainer.train()
+    setattr(trainer.args, name, right)
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -53,6 +53,8 @@ class AttachedTrainer(_Trainer):
 
     def train(self, *args, **kwargs):
         """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
+        if self._r3 is not None:
+            self.args.check_replay()  # it may have been changed since
         try:
             return super().train(*args, **kwargs)
         finally:
