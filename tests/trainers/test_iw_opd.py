@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trainers.students import assert_updates_replay, make_student
 
-from trl_r3 import R3IWOPDTrainer
+from trl_r3 import R3IWOPDConfig, R3IWOPDTrainer
 
 
 def test_completions_of_the_data_set_route_live_and_are_logged(qwen3, tmp_path):
@@ -24,6 +24,16 @@ def test_completions_of_the_data_set_route_live_and_are_logged(qwen3, tmp_path):
     trainer.train()
     assert {True, False} == set(flags), "the case itself"
     assert all(0 < entry["routing_replay/replayed_frac"] < 1 for entry in trainer.state.log_history[:-1])
+
+
+def test_records_of_older_weights_are_not_judged(tmp_path):
+    """TRL refuses the setting for its own objective, and lets it be with the others."""
+    settings = {"use_vllm": True, "distillation_objective": "jsd", "use_routing_replay": True, "bf16": False}
+    with pytest.raises(ValueError, match="`vllm_sync_frequency` is 4, .* weights of up to 3 steps before"):
+        R3IWOPDConfig(str(tmp_path), **settings, vllm_sync_frequency=4)
+    R3IWOPDConfig(str(tmp_path), **settings, vllm_sync_frequency=4, routing_replay_alarm="off")
+    R3IWOPDConfig(str(tmp_path), **{**settings, "use_routing_replay": False}, vllm_sync_frequency=4)
+    R3IWOPDConfig(str(tmp_path), **settings)
 
 
 def test_without_a_data_set_a_batch_that_lost_its_identities_is_an_error(qwen3, tmp_path):

@@ -23,6 +23,13 @@ class R3IWOPDConfig(RoutingReplayConfigMixin, IWOPDConfig):
 
     def check_replay(self):
         check_student_config(self)
+        judges = self.use_routing_replay and self.routing_replay_alarm != "off"
+        if judges and self.use_vllm and self.vllm_sync_frequency != 1:
+            raise ValueError(
+                f"`vllm_sync_frequency` is {self.vllm_sync_frequency}, so that vLLM samples from weights of up to "
+                f"{self.vllm_sync_frequency - 1} steps before, of which the alarm cannot judge the records. Set "
+                "`vllm_sync_frequency=1`, or `routing_replay_alarm='off'`."
+            )
 
 
 class R3IWOPDTrainer(ReplayLifecycle, IWOPDTrainer):
