@@ -20,6 +20,8 @@ BAD = {
     "no url": (["verify", "some/model", "--engine", "server"], "belong together"),
     "no server": (["verify", "some/model", "--url", "http://localhost"], "belong together"),
     "no trace": (["verify", "some/model", "--trace", NO_ARGUMENT], f"there is no trace {NO_ARGUMENT}"),
+    "a trace of no engine": (["verify", "some/model", "--trace", ".", "--engine", "vllm"], "lets no engine sample"),
+    "a trace of one dtype": (["verify", "some/model", "--trace", ".", "--dtype", "bfloat16"], "that it was made in"),
     "no run": (["report", NO_ARGUMENT], f"{NO_ARGUMENT} is no folder"),
     "three runs": (["report", ".", ".", "."], "3 folders, expected one run, or two"),
 }

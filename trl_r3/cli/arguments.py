@@ -40,6 +40,11 @@ def check_arguments(args: Namespace) -> None:
         read_job(args)
     if args.command == "verify":
         check_engine_url(args.engine, args.url)
+        if args.trace is not None and (args.engine, args.dtype) != ("transformers", "auto"):
+            raise BadInput(
+                "`--trace` replays a file in the dtype that it was made in, and lets no engine sample. Leave "
+                "`--engine` and `--dtype` out, or `--trace`."
+            )
         if args.trace is not None and not args.trace.is_file():
             raise BadInput(f"there is no trace {args.trace}. Pass a file that `routing_replay_trace_dir` holds.")
     if args.command in ("check", "verify") and args.dtype not in _DTYPES:

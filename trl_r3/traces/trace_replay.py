@@ -102,6 +102,12 @@ def verify_trace(model: nn.Module, trace: Trace) -> TraceCheck:
     """
     here = conditions(model)
     refuse_another_model(trace.facts, here)
+    base: Any = attachable(model)
+    largest_id, vocabulary = int(trace.tokens.max()), base.get_input_embeddings().weight.shape[0]
+    if largest_id >= vocabulary:
+        raise ValueError(
+            f"the trace has token {largest_id}, this model {vocabulary} embeddings. Pass the model that was trained."
+        )
     padding = "keep" if trace.facts.padding == "none" else "auto"
     with _as_in(model, trace), RouterReplay(model, trace.facts.gating, padding) as replay:
         if replay.layout != trace.layout:

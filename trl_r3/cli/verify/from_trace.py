@@ -15,8 +15,11 @@ from ...routers.self_check import UnsupportedRouterError
 from ...traces.trace import Trace
 from ...traces.trace_file import load_trace
 from ...traces.trace_replay import TraceCheck, verify_trace
-from ..bad_input import BadInput
+from ..arguments import parse_device
+from ..bad_input import BadInput, first_line
 from ..models import load_model
+
+_LOADED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def main(
@@ -45,22 +48,47 @@ def main(
     """
     try:
         trace = load_trace(path)
-        model = _model(name, trace, device or trace.facts.device, trust_remote_code)
+        model = _model(name, trace, _place(trace, device), trust_remote_code)
         found = verify_trace(model, trace)
     except UnsupportedRouterError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        raise BadInput(
+            f"the trace was made with attention {trace.facts.attention} and experts {trace.facts.experts}, which do "
+            f"not load here: {first_line(error)}. Replay it where they are installed."
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise BadInput(f"trl-r3 verify: {error}") from error
     print(json.dumps(_as_json(found)) if as_json else found)
     return 0 if found.matches else 1
 
 
-def _model(name: str, trace: Trace, device: str, trust_remote_code: bool) -> Any:
+def _place(trace: Trace, device: str | None) -> torch.device:
+    """The device that was asked for, or that of the trace, before minutes of loading."""
+    try:
+        return parse_device(device or trace.facts.device)
+    except BadInput as error:
+        if device is not None:
+            raise
+        raise BadInput(
+            f"the trace was made on {trace.facts.device}, which is not here. Replay it where it was made, or pass "
+            "`--device cpu`, where bits differ."
+        ) from error
+
+
+def _loaded_dtype(said: str) -> str:
+    """In what to load: beside float32, of adapters or of what a model keeps in it, the other one tells."""
+    names = said.split(", ")
+    below = [name for name in names if name != "float32"] or names
+    dtype = getattr(torch, below[0], None)
+    return below[0] if len(below) == 1 and dtype in _LOADED else "auto"
+
+
+def _model(name: str, trace: Trace, device: torch.device, trust_remote_code: bool) -> Any:
     """The model, computing as in the trace."""
     facts = trace.facts
-    dtype = facts.dtype if isinstance(getattr(torch, facts.dtype, None), torch.dtype) else "auto"
-    model = load_model(name, dtype, trust_remote_code=trust_remote_code).model
+    model = load_model(name, _loaded_dtype(facts.dtype), trust_remote_code=trust_remote_code).model
     if facts.model_type == model.config.model_type:  # else it will be refused
         model.set_attn_implementation(facts.attention)
         model.set_experts_implementation(facts.experts)
