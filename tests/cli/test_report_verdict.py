@@ -1,6 +1,8 @@
 """`trl-r3 report`: the verdict on one run, and two runs side by side."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 from made_traces import make_trace
@@ -56,6 +58,58 @@ def test_what_is_not_healthy_is_named(tmp_path, name, value, says):
     assert judged(a_run(tmp_path / "good")).is_healthy
     (found,) = judged(a_run(tmp_path / "bad", [(name, range(20, 31), value)])).unhealthy
     assert says in str(found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["sampling/k3_kl", "entropy", "loss"])
+def test_what_is_no_number_is_not_healthy(tmp_path, capsys, name, value):
+    """A run that has diverged logs NaN; the steps before it are those of a healthy one."""
+    folder = a_run(tmp_path / "bad", [(name, range(20, 31), value)])
+    (found,) = judged(folder).unhealthy
+    assert f"{name} reached {value}, outside since step 20; healthy is" in str(found)
+    assert cli.main(["report", str(folder)]) == 1
+    assert cli.main(["report", str(a_run(tmp_path / "good")), str(folder)]) == 1
+    capsys.readouterr()
+    assert cli.main(["report", str(folder), "--json"]) == 1
+    (told,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["runs"]
+    assert told["last"][name] is None and told["metrics"][name]["value"] is None
+
+
+def test_traces_that_were_scored_as_nan_are_not_healthy(tmp_path):
+    trace = make_trace()
+    scored = trace.train_logprobs.clone()
+    scored[3] = float("nan")
+    for rank, logprobs in ((0, trace.train_logprobs), (1, scored)):
+        facts, rollout = replace(trace.facts, rank=rank), trace.train_logprobs.clone()
+        save_trace(replace(trace, facts=facts, train_logprobs=logprobs, rollout_logprobs=rollout), tmp_path)
+    assert any("sampling/k3_kl reached nan, outside since step 8" in str(each) for each in judged(tmp_path).unhealthy)
+
+
+def test_the_log_of_a_run_that_was_resumed_is_the_last(tmp_path):
+    """`trainer.save_state()` at the end of the first part leaves a log that the second has not written yet."""
+    folder = a_run(tmp_path / "run", steps=20)
+    a_run(folder / "checkpoint-60", [("sampling/k3_kl", range(30, 61), 0.5)], steps=60)
+    own, later = folder / "trainer_state.json", folder / "checkpoint-60" / "trainer_state.json"
+    os.utime(own, (1, 1))
+    assert not judged(folder).is_healthy
+    os.utime(later, (0, 0))  # of an earlier run into the same folder
+    assert judged(folder).is_healthy
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        ([(0, 2), (1, 2)], None),
+        ([(0, 2)], "Traces of some processes lack at 1 steps: step 7 has those of 1 of 2."),
+        ([(0, 1), (1, 2)], "added up at 1 steps: step 7 has those of runs of 1 and of 2 processes."),
+    ],
+)
+def test_traces_of_other_processes_are_missed(tmp_path, ranks, says):
+    trace = make_trace()
+    for rank, num_ranks in ranks:
+        save_trace(replace(trace, facts=replace(trace.facts, rank=rank, num_ranks=num_ranks)), tmp_path)
+    lacking = [each for each in gather(tmp_path).lacking if each.startswith("Traces of")]
+    assert len(lacking) == (says is not None) and all(says in each for each in lacking)
 
 
 def test_it_is_on_the_first_screen(tmp_path, capsys):

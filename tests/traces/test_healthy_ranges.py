@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trl_r3.traces.healthy_ranges import MAX_OVER_MEAN, HealthyRange, healthy_ranges
+from trl_r3.traces.healthy_ranges import A_NUMBER, MAX_OVER_MEAN, HealthyRange, healthy_ranges
 
 CHANGED = "routing_replay/changed_router_frac"
 # measured on a Mixtral of (E, K), rollouts in bfloat16 and with weights in eight bits: `trl_r3.traces.healthy_ranges`
@@ -45,3 +45,8 @@ def test_every_expert_for_every_token():
 def test_in_words():
     ranges = [HealthyRange(*each, "") for each in ((0.0, 0.0), (0.8, 1.0), (0.0, math.inf), (0.0, 1e-3))]
     assert [str(each) for each in ranges] == ["0", "above 0.8", "above 0", "below 0.001"]
+
+
+def test_any_number_is_one():
+    assert str(A_NUMBER) == "a number" and all(value in A_NUMBER for value in (-1e30, 0.0, 1e30))
+    assert not any(value in A_NUMBER for value in (math.nan, math.inf, -math.inf))

@@ -54,7 +54,7 @@ def test_mismatch_keeps_its_largest_tokens():
     rollout[7], scored[8] = float("nan"), float("nan")
     mismatch = Mismatch()
     mismatch.add(scored, rollout, [1.5, 2.0])
-    assert mismatch.tokens == 4998 and mismatch.extreme == {1.5: 1, 2.0: 1}
+    assert mismatch.tokens == 4998 and mismatch.diverged == 1 and mismatch.extreme == {1.5: 1, 2.0: 1}
     (points,) = mismatch.points
     assert EVEN_POINTS <= len(points) <= EVEN_POINTS + LARGEST_POINTS
     assert float(points[:, 1].max()) == pytest.approx(3.0, abs=1e-5)

@@ -9,6 +9,7 @@ Legend: E experts, K experts per token.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -34,9 +35,19 @@ class HealthyRange:
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
+        if self.high == sys.float_info.max:
+            return "a number"
         if self.low == self.high:
             return f"{self.low:g}"
         return f"above {self.low:g}" if self.high in (1.0, math.inf) else f"below {self.high:.3g}"
+
+
+# of what TRL logs of training: any value is healthy that is one
+A_NUMBER = HealthyRange(
+    -sys.float_info.max,
+    sys.float_info.max,
+    "training has diverged: go back to a checkpoint before, and look at `grad_norm`, the learning rate and the dtype",
+)
 
 
 def healthy_ranges(top_k: int = PAPER[0], num_experts: int = PAPER[1]) -> dict[str, HealthyRange]:

@@ -23,13 +23,15 @@ class Mismatch:
     """Rollout against training, of one way of routing: sums over tokens, and some of the tokens."""
 
     tokens: int = 0
+    diverged: int = 0  # tokens that were sampled, and scored as no number
     k3: float = 0.0  # sum
     extreme: dict[float, int] = field(default_factory=dict)  # by tau
     points: list[Tensor] = field(default_factory=list)  # (S, 2): log p of the rollout, |delta log p|
 
     def add(self, scored_C: Tensor, rollout_C: Tensor, taus: Sequence[float]) -> None:
         """Take the log-probabilities of some tokens."""
-        known = ~(rollout_C.isnan() | scored_C.isnan())
+        known = ~rollout_C.isnan() & scored_C.isfinite()
+        self.diverged += int((~rollout_C.isnan() & ~scored_C.isfinite()).sum())
         rollout_C, scored_C = rollout_C[known].double(), scored_C[known].double()
         size = (scored_C - rollout_C).abs()
         self.tokens += len(size)
@@ -54,6 +56,8 @@ class StepSummary:
     compared_rows: int = 0
     rows: int = 0
     missing: int = 0
+    ranks: set[int] = field(default_factory=set)  # processes whose traces these are,
+    num_ranks: set[int] = field(default_factory=set)  # and how many there were: of one run, one number
     agreements: list[float] = field(default_factory=list)
     contrasts: list[float] = field(default_factory=list)
     replayed: Mismatch = field(default_factory=Mismatch)
@@ -66,6 +70,8 @@ class StepSummary:
         self.load_recorded = self.load_recorded + trace.load_recorded
         self.changed = self.changed + trace.changed
         self.compared_rows += facts.compared_rows
+        self.ranks.add(facts.rank)
+        self.num_ranks.add(facts.num_ranks)
         self.rows, self.missing = self.rows + facts.rows, self.missing + facts.missing
         self.agreements += [] if facts.agreement is None else [facts.agreement]
         self.contrasts += [] if facts.contrast is None else [facts.contrast]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def main(folders: Sequence[Path], output: Path | None = None, as_json: bool = Fa
         if as_json:
             keys = ("folder", "last", "lacking")
             facts = [
-                dict(zip(keys, (str(data.folder), last_means(data), data.lacking), strict=True)) for data in found
+                dict(zip(keys, (str(data.folder), _numbers(last_means(data)), data.lacking), strict=True))
+                for data in found
             ]
             said = [{**fact, **verdict.as_dict()} for fact, (_, verdict) in zip(facts, runs, strict=True)]
             print(json.dumps({"healthy": healthy, "runs": said}, indent=1))
@@ -58,3 +60,8 @@ def main(folders: Sequence[Path], output: Path | None = None, as_json: bool = Fa
             print(f"Not drawn: {each}")
     print(f"Written to {page.resolve()}")
     return int(not healthy)
+
+
+def _numbers(means: dict[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in means.items()}

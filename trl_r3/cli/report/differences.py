@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ...traces.healthy_ranges import MAX_OVER_MEAN
 from .run_data import EXTREME, K3, LIVE_K3, TRAINING, RunData
 from .run_verdict import means_of
@@ -18,9 +20,15 @@ COMPARED = (
 
 
 def last_means(data: RunData) -> dict[str, float]:
-    """Mean of the last steps of each metric that a run has."""
-    curves = {name: data.training.get(name) or data.curve(name) for name in COMPARED}
-    return {name: list(means_of(curve).values())[-1] for name, curve in curves.items() if curve}
+    """Mean of the last steps of each metric that a run has, NaN where it has diverged by then."""
+    found = {}
+    for name in COMPARED:
+        curve = data.training.get(name) or data.curve(name)
+        if max(data.diverged.get(name, {}), default=-1) > max(curve, default=-1):
+            found[name] = math.nan
+        elif curve:
+            found[name] = list(means_of(curve).values())[-1]
+    return found
 
 
 def differences(one: RunData, other: RunData) -> list[tuple[str, list[str]]]:

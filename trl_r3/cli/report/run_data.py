@@ -47,6 +47,8 @@ class RunData:
             By metric and step.
         training (dict of `str` to dict of `int` to `float`):
             What TRL logged, likewise.
+        diverged (dict of `str` to dict of `int` to `float`):
+            What of both is NaN or infinite, which no curve has.
         load (dict of `int` to dict of `int` to `float`):
             What was logged of the busiest expert, by decoder layer and step.
         lacking (list of `str`):
@@ -58,6 +60,7 @@ class RunData:
     steps: list[StepSummary] = field(default_factory=list)
     log: dict[str, Curve] = field(default_factory=dict)
     training: dict[str, Curve] = field(default_factory=dict)
+    diverged: dict[str, Curve] = field(default_factory=dict)
     load: dict[int, Curve] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
 
@@ -169,38 +172,71 @@ def _read_traces(data: RunData, paths: list[Path]) -> None:
     if not readable:
         raise ValueError(unreadable[0])
     data.facts, data.steps = summarise(readable, TAUS)
+    if no_numbers := {_logged_at(step): math.nan for step in data.steps if step.replayed.diverged}:
+        data.diverged[K3] = no_numbers
     data.lacking += unreadable[:MAX_NAMED]
     if len(unreadable) > MAX_NAMED:
         data.lacking.append(f"{len(unreadable) - MAX_NAMED} more traces could not be read either.")
+    _name_missing_processes(data)
+
+
+def _name_missing_processes(data: RunData) -> None:
+    """Traces of other hosts that were not copied here, or of an earlier run with more processes."""
+    partial = [step for step in data.steps if len(step.ranks) < max(step.num_ranks)]
+    mixed = [step for step in data.steps if len(step.num_ranks) > 1]
+    if mixed:
+        counts = " and of ".join(map(str, sorted(mixed[0].num_ranks)))
+        data.lacking.append(
+            f"Traces of more than one run are added up at {len(mixed)} steps: step {mixed[0].step} has those of runs "
+            f"of {counts} processes. Remove those of the earlier run."
+        )
+    elif partial:
+        first = partial[0]
+        data.lacking.append(
+            f"Traces of some processes lack at {len(partial)} steps: step {first.step} has those of "
+            f"{len(first.ranks)} of {max(first.num_ranks)}. Copy those of the other hosts into one folder."
+        )
 
 
 def _read_log(data: RunData) -> None:
     states = sorted(data.folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_step)
     own = data.folder / "trainer_state.json"
     path = own if own.is_file() else states[-1] if states else None
+    if path == own and states:  # of the end of a run, which may have been resumed since
+        last = max((step for step, _ in _entries(own)), default=0)
+        written = own.stat().st_mtime
+        resumed = [each for each in states if _checkpoint_step(each) > last and each.stat().st_mtime > written]
+        path = resumed[-1] if resumed else own
     if path is None:
         data.lacking.append(
             "There is no log (trainer_state.json), so curves have the traced steps only. Pass the `output_dir` of the "
             "run, after a checkpoint or `trainer.save_state()`."
         )
         return
-    try:
-        history = json.loads(path.read_text())["log_history"]
-        entries = [(int(entry["step"]), entry) for entry in history]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no log of a trainer ({error!r}). Pass the `output_dir` of a run.") from error
+    entries = _entries(path)
     for curves, names in ((data.log, (*SHARES, MAX_OVER_MEAN)), (data.training, TRAINING)):
         for name in names:
-            values = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
-            if values:
+            logged = {step: float(entry[name]) for step, entry in entries if _is_number(entry.get(name))}
+            if values := {step: value for step, value in logged.items() if math.isfinite(value)}:
                 curves[name] = values
+            if no_numbers := {step: value for step, value in logged.items() if not math.isfinite(value)}:
+                data.diverged[name] = {**data.diverged.get(name, {}), **no_numbers}
     for step, entry in entries:
         for name, value in entry.items():
             layer = LOGGED_LAYER.fullmatch(name)
-            if layer and _is_number(value):
+            if layer and _is_number(value) and math.isfinite(value):
                 data.load.setdefault(int(layer[1]), {})[step] = float(value)
     if not data.replays:
         data.lacking.append(f"{path} has no metric of routing replay: that run was without `use_routing_replay`.")
+
+
+def _entries(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The log of a trainer: each entry and its step."""
+    try:
+        history = json.loads(path.read_text())["log_history"]
+        return [(int(entry["step"]), entry) for entry in history]
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is no log of a trainer ({error!r}). Pass the `output_dir` of a run.") from error
 
 
 def _checkpoint_step(path: Path) -> int:
@@ -209,7 +245,7 @@ def _checkpoint_step(path: Path) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float)
 
 
 def _name_what_is_lacking(data: RunData) -> None:
@@ -218,9 +254,10 @@ def _name_what_is_lacking(data: RunData) -> None:
             "There are no traces, so nothing is drawn by layer, by expert or by token. Train with "
             "`routing_replay_trace_dir` set to a folder inside this one."
         )
-    if data.training and (unlogged := [label for name, label in TRAINING.items() if name not in data.training]):
+    logged = data.training.keys() | data.diverged.keys()
+    if data.training and (unlogged := [label for name, label in TRAINING.items() if name not in logged]):
         data.lacking.append(f"The log has no {' and no '.join(unlogged)}.")
-    if not data.curve(K3):
+    if not data.curve(K3) and K3 not in data.diverged:
         data.lacking.append(
             "There are no log-probabilities of the rollout, so its mismatch with training is not drawn: the engine "
             "gave none, or samples from a truncated distribution (`top_p`, `top_k`, `min_p`)."

@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from ...traces.healthy_ranges import MAX_OVER_MEAN, HealthyRange
-from .run_data import K3, LIVE_K3, MISSING_ROWS, Curve, RunData
+from ...traces.healthy_ranges import A_NUMBER, MAX_OVER_MEAN, HealthyRange
+from .run_data import K3, LIVE_K3, MISSING_ROWS, TRAINING, Curve, RunData
 
 WINDOW = 10  # logged steps of a mean: a single batch scatters by a factor of ten
 EQUAL = 0.1  # share by which medians of k3 may differ without saying anything
@@ -105,8 +105,8 @@ class RunVerdict:
             "metrics": {
                 each.name: {
                     "healthy": each.is_healthy,
-                    "value": each.value,
-                    "range": [each.healthy.low, None if math.isinf(each.healthy.high) else each.healthy.high],
+                    "value": each.value if math.isfinite(each.value) else None,
+                    "range": _bounds(each.healthy),
                     "since_step": each.since,
                     "until_step": each.until,
                 }
@@ -132,13 +132,21 @@ def judge_run(data: RunData) -> RunVerdict:
     layers, by_step = data.max_over_mean()
     judged = []
     for name, healthy in data.healthy.items():
-        curve, where = data.curve(name), ""
+        curve, where = {**data.curve(name), **data.diverged.get(name, {})}, ""
         if name == MAX_OVER_MEAN and by_step:
             last = by_step[max(by_step)]
             where = f" (layer {layers[last.index(max(last))]})"
         if curve:
             judged.append(_judge(name, curve, healthy, 1 if name == MISSING_ROWS else WINDOW, where))
+    for name in TRAINING:
+        if name in data.diverged:
+            judged.append(_judge(name, {**data.training.get(name, {}), **data.diverged[name]}, A_NUMBER, 1, ""))
     return RunVerdict(judged, _cut(data))
+
+
+def _bounds(healthy: HealthyRange) -> list[float | None]:
+    """For JSON."""
+    return [None, None] if healthy == A_NUMBER else [healthy.low, None if math.isinf(healthy.high) else healthy.high]
 
 
 def _judge(name: str, curve: Curve, healthy: HealthyRange, window: int, where: str) -> JudgedMetric:
@@ -154,7 +162,9 @@ def _judge(name: str, curve: Curve, healthy: HealthyRange, window: int, where: s
     first = sorted(curve)[begin : begin + window]  # of which the mean is outside
     since = next(step for step in first if curve[step] not in healthy)
     stretch = [means[step] for step in steps[begin : end + 1]]
-    farthest = max(stretch, key=lambda value: max(healthy.low - value, value - healthy.high))
+    farthest = max(
+        stretch, key=lambda value: math.inf if math.isnan(value) else max(healthy.low - value, value - healthy.high)
+    )
     until = None if end == len(steps) - 1 else steps[end]
     return JudgedMetric(name, farthest, healthy, since, until, where)
 
