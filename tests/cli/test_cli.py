@@ -150,6 +150,36 @@ def test_check_of_an_adapter(saved, tmp_path, capsys):
     assert f"Checked on {tmp_path} with the adapter {tmp_path / 'adapter'}." in capsys.readouterr().out
 
 
+def test_the_base_of_an_adapter_is_not_downloaded(saved, tmp_path, capsys, monkeypatch):
+    """Its config is, and stands for it."""
+    from trl_r3.cli import check
+
+    config = MixtralConfig(**SIZES, num_local_experts=4)
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(saved(config)), LoraConfig(target_modules=["q_proj"]))
+    adapter.peft_config["default"].base_model_name_or_path = "org/base"
+    adapter.save_pretrained(tmp_path / "adapter")
+
+    def not_here(name, dtype, device, downloads, trust_remote_code):
+        assert not downloads
+        raise OSError("no such file in the cache")
+
+    monkeypatch.setattr(check, "load_model", not_here)
+    monkeypatch.setattr(check, "load_config", lambda name, trust_remote_code: config)
+    assert cli.main(["check", str(tmp_path / "adapter")]) == 0
+    assert f"a narrow twin of the config of {tmp_path / 'adapter'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["check"], ["verify"], ["plan", "--prompts", "2", "--model"]])
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [({"model_type": "qwen3_moe", "num_hidden_layers": "3"}, "expected int, got str"), ([1], "'list' object")],
+)
+def test_a_config_that_its_class_refuses_is_bad_input(tmp_path, capsys, command, config, says):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main([*command, str(tmp_path)]) == 2
+    assert says in _sentence(capsys)
+
+
 def test_a_twin_that_cannot_be_made_is_bad_input(tmp_path, capsys):
     Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=8).save_pretrained(tmp_path)
     assert cli.main(["check", str(tmp_path)]) == 2

@@ -273,6 +273,18 @@ def test_other_weights(loaded):
     assert "routing does not explain it" in found["mismatch, replayed"]
 
 
+def test_a_training_forward_that_gives_no_numbers(loaded, engine):
+    head = loaded.model.get_output_embeddings().weight
+    kept = head.detach().clone()
+    try:
+        head.data[7] = float("nan")
+        found = by_name(report_of(loaded, engine))
+    finally:
+        head.data.copy_(kept)
+    assert found["mismatch, replayed"].status == "wrong" and found["log-probabilities"].status == "not judged"
+    assert "training scores 512 of 512 tokens as NaN" in found["mismatch, replayed"].seen
+
+
 def test_experts_that_run_otherwise(loaded, engine, monkeypatch):
     """The watch stands at the experts, so it does not believe what replay believes."""
 

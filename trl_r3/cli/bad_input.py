@@ -12,7 +12,10 @@ class BadInput(Exception):
 def first_line(error: BaseException) -> str:
     """The first sentence of what a library has to say, without a full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    said = lines[:1] or [type(error).__name__]
+    if said[0].endswith(":"):  # the fact is on the next
+        said += lines[1:2]
+    return " ".join(said).rstrip(".")
 
 
 def check_writable(folder: Path) -> None:

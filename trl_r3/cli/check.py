@@ -124,8 +124,10 @@ def load_weights(name: str, dtype: str, device: str, trust_remote_code: bool) ->
     folder = Path(name)
     if folder.exists() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return None
+    base = adapter_base(name) if folder.exists() else None
+    is_here = folder.exists() and (base is None or Path(base).exists())  # what is not, is not downloaded
     try:
-        return load_model(name, dtype, device, downloads=folder.exists(), trust_remote_code=trust_remote_code)
+        return load_model(name, dtype, device, downloads=is_here, trust_remote_code=trust_remote_code)
     except OSError:  # an id whose weights were not downloaded
         return None
 

@@ -107,7 +107,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """
     try:
         return read_config(name, trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # what a broken file raises depends on what reads it
         raise BadInput(_unloadable(name, error)) from error
 
 

@@ -184,6 +184,15 @@ def mismatch_finding(
     """
     k3, extreme = float(k3_kl(train, rollout, mask)), float(extreme_token_frac(train, rollout, mask))
     seen = f"k3 {k3:.2e}, F(2) {extreme:.2%}"
+    lost = int((train.isnan() & ~rollout.isnan() & mask.bool()).sum())
+    if bound is not None and lost:
+        return Finding(
+            name,
+            "wrong",
+            f"{seen}: training scores {lost} of {int(mask.sum())} tokens as NaN",
+            "the training forward leaves the range of its dtype, or a weight is NaN",
+            "pass `--dtype float32`; if that does not help, look for the weight, and train from an earlier checkpoint",
+        )
     if bound is None or k3 != k3:
         return Finding(name, "not judged", seen)
     if k3 <= bound:

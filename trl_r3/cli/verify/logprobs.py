@@ -58,6 +58,8 @@ def logprobs_finding(
     seen = f"mean distance {errors[own]:.1e} at temperature {own:g}, drawn at {_text(drawn)}"
     if rollout.logprobs_mode is not None:
         seen += f", the engine says {rollout.logprobs_mode}"
+    if errors[own] != errors[own]:
+        return Finding(_NAME, "not judged", f"{seen}: the training forward gives no numbers")
     best = min(errors, key=errors.__getitem__)
     if moved < _CLEARLY * errors[own] and moved < errors[best]:
         return Finding(
