@@ -155,7 +155,8 @@ def test_the_base_of_an_adapter_is_not_downloaded(saved, tmp_path, capsys, monke
     from trl_r3.cli import check
 
     config = MixtralConfig(**SIZES, num_local_experts=4)
-    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(saved(config)), LoraConfig(target_modules=["q_proj"]))
+    base = AutoModelForCausalLM.from_pretrained(saved(config))
+    adapter = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     adapter.peft_config["default"].base_model_name_or_path = "org/base"
     adapter.save_pretrained(tmp_path / "adapter")
 
