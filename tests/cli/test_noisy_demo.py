@@ -1,12 +1,14 @@
 """`trl-r3 demo --smoke`, run as a user runs it: the run that replay decides, and the noise that makes it one."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from trl_r3.cli import command as cli
+from trl_r3.cli import demo as demo_command
 from trl_r3.cli.demo.noise import noisy_selection
 from trl_r3.cli.demo.noisy_runs import LENGTH, LIVE, REPLAY, START, load_start
 from trl_r3.cli.demo.sorting import all_right, draw_batch, make_rows, share_sorted, sorting_tokenizer
@@ -48,6 +50,29 @@ def test_what_the_demo_suggests_shows_something(demo, capsys):
     assert cli.main(["report", str(folder)]) == 1  # noise in the rollout is not healthy, and the report says so
     said = capsys.readouterr().out
     assert "changed_router_frac" in said and "Not drawn" not in said
+
+
+def test_traces_of_an_earlier_demo_are_not_those_of_this_one(demo, tmp_path, capsys):
+    """A shorter demo has traces between those of a longer one; the demo in bfloat16 has none, and another model."""
+    folder, _ = demo
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    (again / "traces" / "step-00000300-rank-00000.safetensors").write_bytes(b"of a longer one")
+    assert cli.main(["demo", "--smoke", "--output", str(again)]) == 0
+    assert [path.name for path in sorted((again / "traces").iterdir())] == [
+        path.name for path in sorted((folder / "traces").iterdir())
+    ]
+    capsys.readouterr()
+    assert cli.main(["demo", "--smoke", "--mismatch", "bf16", "--output", str(again)]) == 0
+    assert "Next:" not in capsys.readouterr().out and not (again / "traces").exists()
+
+
+def test_a_folder_of_no_demo_keeps_its_traces(tmp_path, monkeypatch):
+    trace = tmp_path / "traces" / "step-00000300-rank-00000.safetensors"
+    trace.parent.mkdir()
+    trace.write_bytes(b"of a run")
+    monkeypatch.setattr(demo_command, "_noisy", lambda *args: None)
+    assert cli.main(["demo", "--smoke", "--output", str(tmp_path)]) == 0 and trace.exists()
 
 
 def test_a_model_of_the_other_demo_is_refused(capsys, tmp_path):

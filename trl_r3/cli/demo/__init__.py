@@ -36,6 +36,7 @@ def main(mismatch: str, model: str, smoke: bool, output: Path) -> None:
     disable_progress_bar()  # ours is one bar for the whole run
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
+    _forget(output)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names that TRL still uses
         run = _noisy if mismatch == "noise" else _rounded
@@ -49,6 +50,19 @@ def main(mismatch: str, model: str, smoke: bool, output: Path) -> None:
         console.print(f"Next: trl-r3 report {output}", soft_wrap=True)
         console.print(f"      trl-r3 verify {output / 'start'} --trace {trace}", soft_wrap=True)
         console.print(f"      trl-r3 verify {output / 'start'}", soft_wrap=True)
+
+
+def _forget(output: Path) -> None:
+    """Remove what another demo left that this one may not overwrite: traces of other steps or of another model."""
+    from ...traces.trace_file import find_traces
+
+    traces = output / "traces"
+    if not (output / "log.json").is_file():  # of no demo
+        return
+    for path in (output / "trainer_state.json", *(find_traces(traces) if traces.is_dir() else ())):
+        path.unlink(missing_ok=True)
+    if traces.is_dir() and not any(traces.iterdir()):
+        traces.rmdir()
 
 
 def _noisy(model: str, smoke: bool, output: Path, console: Console) -> None:
