@@ -285,6 +285,13 @@ def test_a_training_forward_that_gives_no_numbers(loaded, engine):
     assert "training scores 512 of 512 tokens as NaN" in found["mismatch, replayed"].seen
 
 
+def test_layers_without_a_cache_of_continuous_batching(tmp_path, capsys):
+    build_tiny("qwen3_5_moe_text").save_pretrained(tmp_path)
+    assert cli.main(["verify", str(tmp_path), "--engine", "continuous"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "continuous batching cannot serve a Qwen3_5MoeForCausalLM: Invalid layer type: linear_attention" in said
+
+
 def test_experts_that_run_otherwise(loaded, engine, monkeypatch):
     """The watch stands at the experts, so it does not believe what replay believes."""
 

@@ -58,12 +58,18 @@ def continuous_rollout(model: Any, replay: RouterReplay, sampling: Sampling) -> 
     config = ContinuousBatchingConfig(num_blocks=_CACHE_BLOCKS, max_batch_tokens=_BATCH_TOKENS)
     recordable_config(config)
     with torch.no_grad(), recorded_steps(replay, sampling.temperature) as recorded:
-        outputs = model.generate_batch(
-            sampling.prompt_ids,
-            generation_config=_generation_config(model, sampling),
-            continuous_batching_config=config,
-            progress_bar=False,
-        )
+        try:
+            outputs = model.generate_batch(
+                sampling.prompt_ids,
+                generation_config=_generation_config(model, sampling),
+                continuous_batching_config=config,
+                progress_bar=False,
+            )
+        except ValueError as error:  # it has no cache for some kinds of layers
+            raise BadInput(
+                f"Transformers' continuous batching cannot serve a {type(model).__name__}: {first_line(error)}. Pass "
+                "another `--engine`."
+            ) from error
     recorded.check(sampling.prompt_ids, outputs)
     return VerifiedRollout(
         "transformers, continuous batching",
