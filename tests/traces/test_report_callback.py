@@ -2,13 +2,17 @@
 
 import io
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from made_traces import make_trace
 from PIL import Image
 
 from trl_r3 import RoutingReportCallback
 from trl_r3.traces.report_callback import TAG, TAG_OF_LOAD
+from trl_r3.traces.trace_file import save_trace
 
 
 @pytest.fixture
@@ -109,3 +113,16 @@ def test_a_run_without_traces_is_refused(qwen3, train):
         train(qwen3(), callbacks=[RoutingReportCallback()])
     with pytest.raises(ValueError, match="`every` is 0, but it counts steps"):
         RoutingReportCallback(every=0)
+
+
+def test_what_a_resumed_run_writes_again_is_read_again(tmp_path):
+    """The run that it resumes had come further, and left a trace of a step that is not reached yet."""
+    callback, trace = RoutingReportCallback(), make_trace()
+    rows = trace.facts.compared_rows
+    for step, share in ((0, 0), (40, 1)):
+        changed = torch.full_like(trace.changed, share * rows)
+        save_trace(replace(trace, facts=replace(trace.facts, step=step), changed=changed), tmp_path)
+    callback._images(tmp_path, 10)
+    save_trace(replace(trace, facts=replace(trace.facts, step=40), changed=torch.zeros_like(trace.changed)), tmp_path)
+    resumed, fresh = callback._images(tmp_path, 50), RoutingReportCallback()._images(tmp_path, 50)
+    assert np.array_equal(resumed[TAG], fresh[TAG])

@@ -20,7 +20,7 @@ from .._compat import warn
 from ..records.expert_load import ExpertLoad
 from .healthy_ranges import MAX_OVER_MEAN, HealthyRange, healthy_ranges
 from .heat_map import busiest_experts, changed_routers
-from .trace_file import find_traces, load_trace
+from .trace_file import find_traces, load_trace, trace_name
 
 TAG = "routing_replay/changed_routers_by_layer"
 TAG_OF_LOAD = "routing_replay/load/max_over_mean_by_layer"
@@ -89,7 +89,8 @@ class RoutingReportCallback(TrainerCallback):
     def _images(self, folder: Path, step: int) -> dict[str, np.ndarray]:
         """The heat maps of the traces so far, if there are any."""
         for path in find_traces(folder):
-            if path not in self._read:
+            # later ones are of the run that this one resumes, and may be written again
+            if path not in self._read and path.name < trace_name(step, 0):
                 self._read[path] = _summary(path)
         read = [each for each in self._read.values() if each is not None and each.step < step]
         if not read:
