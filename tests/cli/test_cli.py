@@ -1,6 +1,7 @@
 """The command, but for what has tests of its own."""
 
 import json
+from itertools import count
 
 import pytest
 import torch
@@ -65,6 +66,28 @@ def test_check_takes_a_dtype(saved, capsys):
     name = saved(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
     assert cli.main(["check", name, "--dtype", "bfloat16"]) == 0
     assert _rows(capsys.readouterr().out)["MoE layers"] == "4: 0-3"
+
+
+@pytest.mark.parametrize("enough_for", [0, 1])
+def test_check_on_a_device_that_is_full(saved, capsys, monkeypatch, enough_for):
+    """After so many forwards, that is: while replay is attached, or tried."""
+    from trl_r3.cli import check
+
+    load_model = check.load_model
+
+    def load_and_fill(*args, **kwargs):
+        loaded, calls = load_model(*args, **kwargs), count()
+
+        def fill(module, args):
+            if next(calls) >= enough_for:
+                raise torch.OutOfMemoryError("out of memory")
+
+        loaded.model.model.layers[0].register_forward_pre_hook(fill)
+        return loaded
+
+    monkeypatch.setattr(check, "load_model", load_and_fill)
+    assert cli.main(["check", saved(Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2))]) == 1
+    assert "OutOfMemoryError: out of memory" in capsys.readouterr().err
 
 
 def test_check_fails_where_replay_does_not_take_effect(saved, capsys, monkeypatch):

@@ -104,16 +104,19 @@ class Checked:
 
 
 def _try_replay(loaded: LoadedModel) -> Checked | None:
-    """Attach and replay; nothing where the model cannot be attached to, which is told."""
+    """Attach and replay; nothing where the model cannot be attached to or does not run, which is told."""
     model = loaded.model
     try:
         replay = RouterReplay(model, padding="auto")
-    except UnsupportedRouterError as error:
+    except (UnsupportedRouterError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return None
     try:
         findings = {"own record": check_own(model, replay), "foreign record": check_foreign(model, replay)}
         facts = _facts(replay)
+    except RuntimeError as error:  # of a dtype that its kernels lack, or of a device that is full
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return None
     finally:
         replay.remove()
     return Checked(type(model).__name__, loaded.origin, facts, findings, loaded.quantization)
