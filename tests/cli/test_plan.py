@@ -185,7 +185,9 @@ def test_files_relieve_the_host_in_training(qwen):
 def test_a_colocated_engine_has_its_own_weights(qwen):
     job = Job(prompts=1, strategy="lora", engine_share=0.3, gpu_memory=141)
     assert not estimate(qwen, job).engine_fits
-    assert estimate(qwen, Job(prompts=1, engine_share=0.5, gpu_memory=141)).engine_fits
+    plan = estimate(qwen, Job(prompts=1, engine_share=0.5, gpu_memory=141))
+    assert plan.engine_fits and plan.engine_left == pytest.approx(0.5 * 141e9 - 2 * qwen.parameters)
+    assert estimate(qwen, Job(prompts=1)).engine_left == 0
 
 
 def test_an_engine_on_each_gpu_holds_all_of_them(qwen):

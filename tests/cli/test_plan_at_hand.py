@@ -79,7 +79,13 @@ def test_what_is_left_and_what_loading_takes(qwen, capsys):
     options = ["--gpus", "8", "--strategy", "fsdp2", "--prompts", "2"]
     assert cli.main(["plan", "--model", QWEN, *options]) == 0
     printed = capsys.readouterr().out
-    assert "It fits: 16.4 GB of each GPU are left for activations and logits." in printed
+    assert "It fits if one process loads: 16.4 GB of each GPU are left for activations and logits." in printed
     assert "8 processes hold 977.0 GB of weights in the 512.0 GB of a host" in printed
     assert cli.main(["plan", "--model", QWEN, *options, "--host-memory", "1000"]) == 0
-    assert "processes hold" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "processes hold" not in printed and "It fits: 16.4 GB" in printed
+    assert "for its cache" not in printed
+    shared = ["--lora-rank", "8", "--engine-share", "0.3", "--engine-tensor-parallel", "4"]
+    assert cli.main(["plan", "--model", QWEN, *options, *shared]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "for its cache" in line)
+    assert "8.7 GB" in row, "24 GB less a quarter of 61.1 GB"

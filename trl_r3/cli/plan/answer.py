@@ -25,7 +25,7 @@ def as_dict(model: ModelFacts, job: Job, plan: Plan, changes: Sequence[Remedy]) 
         "num_experts": layout.num_experts,
         "top_k": layout.top_k,
     }
-    derived = ("gpu", "left", "gpu_missing", "host_missing")
+    derived = ("gpu", "left", "gpu_missing", "host_missing", "engine_fits")
     figures = {**asdict(plan), **{name: getattr(plan, name) for name in derived}}
     return {
         "fits": plan.fits,
@@ -51,7 +51,8 @@ def show(model: ModelFacts, job: Job, plan: Plan, changes: Sequence[Remedy]) -> 
             "`fsdp_cpu_ram_efficient_loading: true` in the config of accelerate, or with `--strategy zero3`."
         )
     if plan.fits:
-        console.print(f"It fits: {_gb(plan.left)} of each GPU are left for activations and logits.")
+        condition = " if one process loads" if plan.loading > plan.host_available else ""
+        console.print(f"It fits{condition}: {_gb(plan.left)} of each GPU are left for activations and logits.")
         return
     for problem in _problems(model, job, plan):
         console.print(problem)
@@ -130,6 +131,8 @@ def _gpu_table(model: ModelFacts, job: Job, plan: Plan) -> Table:
     table.add_row("records", _gb(plan.records_on_device))
     table.add_row("together", f"{_gb(plan.gpu)} of {_gb(plan.gpu_available)}")
     table.add_row("left for activations and logits", _gb(plan.left))
+    if job.engine_share and plan.engine_fits:
+        table.add_row("left to the colocated vLLM for its cache", _gb(plan.engine_left))
     table.add_row("in the memory of a host while weights load", _gb(plan.loading))
     return table
 

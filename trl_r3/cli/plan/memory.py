@@ -42,8 +42,8 @@ class Plan:
             Weights in the memory of the fullest host while they are loaded, before any rollout.
         gpu_available, gpu_total, host_available (`float`):
             What of a GPU these may take, the same and the reserve, and the memory of a host.
-        engine_fits (`bool`):
-            Whether a colocated engine holds its own copy of the weights.
+        engine_left (`float`):
+            What a colocated engine has of a GPU beside its own copy of the weights, for its cache; 0 without one.
     """
 
     record_a_token: int
@@ -63,7 +63,7 @@ class Plan:
     gpu_available: float
     gpu_total: float
     host_available: float
-    engine_fits: bool
+    engine_left: float
 
     @property
     def gpu(self) -> float:
@@ -85,6 +85,11 @@ class Plan:
     def host_missing(self) -> float:
         """Bytes that a host lacks, not below 0."""
         return max(self.host - self.host_available, 0.0)
+
+    @property
+    def engine_fits(self) -> bool:
+        """Whether a colocated engine holds its own copy of the weights."""
+        return self.engine_left >= 0
 
     @property
     def fits(self) -> bool:
@@ -117,7 +122,7 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
     token_ids = job.samples_of_a_rank * job.tokens * _TOKEN_IDS
     queue = job.queue * job.tokens * (a_token + _QUEUED)
     weights, gradients, optimizer, gathered = _states(model, job)
-    engine = model.parameters * 2 / job.engine_tensor_parallel
+    engine = job.engine_share * job.gpu_memory * GB - model.parameters * 2 / job.engine_tensor_parallel
     return Plan(
         record_a_token=a_token,
         records=job.samples * job.tokens * a_token,
@@ -136,7 +141,7 @@ def estimate(model: ModelFacts, job: Job) -> Plan:
         gpu_available=job.gpu_memory * GB * (1 - job.reserve - job.engine_share),
         gpu_total=job.gpu_memory * GB * (1 - job.engine_share),
         host_available=job.host_memory * GB,
-        engine_fits=not job.engine_share or engine < job.engine_share * job.gpu_memory * GB,
+        engine_left=engine if job.engine_share else 0.0,
     )
 
 
