@@ -1,5 +1,7 @@
 """What a traced run writes, against what was watched from outside, and that tracing changes and ends no run."""
 
+import warnings
+
 import pytest
 import torch
 from trainers.runs import OLD_POLICY
@@ -67,6 +69,18 @@ def test_a_full_disk_ends_tracing_and_not_the_run(qwen3, train, tmp_path, gap):
         traced = train(qwen3(), routing_replay_trace_dir=str(traces), **run)
     assert [path.name for path in traces.iterdir()] == ["step-00000000-rank-00000.safetensors"]
     assert traced.losses == train(qwen3(), **run).losses and len(traced.losses) == 3
+
+
+def test_traces_of_an_earlier_run_are_told(qwen3, train, tmp_path, gap):
+    """Those that this run writes over are none, and a folder of its own has none."""
+    run = {"while_generating": gap["rounded"], "routing_replay_trace_dir": str(tmp_path / "traces")}
+    message = "traces of steps after 0, which are of an earlier run"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{message}")
+        train(qwen3(), max_steps=3, **run)
+        train(qwen3(), max_steps=3, **{**run, "routing_replay_trace_dir": str(tmp_path / "others")})
+    with pytest.warns(RuntimeWarning, match=f"holds 2 {message}.* Remove them, or set `routing_replay_trace_dir`"):
+        train(qwen3(), max_steps=1, **run)
 
 
 def test_tracing_changes_no_bit_of_training(qwen3, train, tmp_path, gap):

@@ -23,7 +23,7 @@ from ..routers.router_replay import RouterReplay
 from ..traces.counted_batch import CountedBatch
 from ..traces.trace import ATTENDED, COUNTED, Trace, TraceFacts
 from ..traces.trace_conditions import autocast_dtype, conditions, gating_mode, padding_mode
-from ..traces.trace_file import save_trace
+from ..traces.trace_file import find_traces, save_trace, trace_name
 from ._compat_trainers import beside_tokens
 from .log import counted_tokens, raise_together
 
@@ -88,6 +88,8 @@ class Tracer:
         step = self.trainer.state.global_step
         due = self.directory is not None and (self._last is None or step - self._last >= self.every)
         self._pending = None
+        if self.directory is not None and self._last is None and self.trainer.accelerator.is_main_process:
+            _warn_of_later(self.directory, step)
         if due:
             layout, self._last = self.replay.layout, step
             shape = (len(layout.moe_layers), layout.num_experts)
@@ -247,6 +249,16 @@ def _why_unreplayable(model: Any, output: dict[str, Any]) -> str | None:
     if model.training and getattr(model.config.get_text_config(), "attention_dropout", 0) > 0:
         return "its attention dropped values out at random. Load the model with `attention_dropout=0.0` to trace."
     return None
+
+
+def _warn_of_later(directory: Path, step: int) -> None:
+    later = [path for path in find_traces(directory) if path.name >= trace_name(step + 1, 0)]
+    if later:
+        warn(
+            f"{directory} holds {len(later)} traces of steps after {step}, which are of an earlier run: until this "
+            "one writes over them, `trl-r3 report` draws them beside its own. Remove them, or set "
+            "`routing_replay_trace_dir` to another folder."
+        )
 
 
 def _made(directory: Path) -> OSError | None:
