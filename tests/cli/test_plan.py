@@ -259,7 +259,9 @@ def test_bad_settings(options, says, capsys):
 
 def test_bad_models(tmp_path, capsys):
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    LoraConfig(base_model_name_or_path="somebody/a-mixture").save_pretrained(tmp_path / "adapter")
     for name, says in (
+        (tmp_path / "adapter", "is an adapter of somebody/a-mixture. Pass that model, and `--lora-rank`"),
         (tmp_path / "dense", "dense model"),
         (tmp_path / "none", "there is no such folder"),
         (tmp_path, "no config that can be read"),

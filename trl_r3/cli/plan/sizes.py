@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...routers.discovery import refuse_dense
 from ...routers.router_replay import RouterReplay
 from ..bad_input import BadInput
 from ..configs import read_config
+from ..models import adapter_base
 from ..quantization import quantization_note
 from ..twin import narrow_twin, one_thread
 from .job import Job, PlanError
@@ -106,6 +108,8 @@ def read_model(name: str, job: Job) -> ModelFacts:
 
 def _read_config(name: str, trust_remote_code: bool) -> Any:
     try:
+        if Path(name).is_dir() and (base := adapter_base(name)) is not None:
+            raise PlanError(f"{name} is an adapter of {base}. Pass that model, and `--lora-rank`.")
         return read_config(name, trust_remote_code)
     except BadInput as error:
         raise PlanError(str(error)) from error
