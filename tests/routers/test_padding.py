@@ -340,14 +340,15 @@ def test_attention_across_sequences_is_found(monkeypatch):
 
 
 def test_attention_that_goes_another_way_later_is_an_error():
-    model = tiny_qwen3_moe()
+    model, before = tiny_qwen3_moe(), ALL_ATTENTION_FUNCTIONS["sdpa"]
     with RouterReplay(model, padding="auto") as replay:
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         record = foreign_record(replay, 4, 12)
         model.config._attn_implementation = "eager"
         text = "attention ran 0 times in a packed forward, expected 4"
         with pytest.raises(RuntimeError, match=text), replay.replay(record):
             loss_of(model)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 # Transformers is given back
