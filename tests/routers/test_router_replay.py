@@ -237,7 +237,8 @@ def test_attaching_in_inference_mode(qwen, ids, gating):
     with torch.inference_mode():
         replay = RouterReplay(qwen, gating, padding="auto")
     assert replay.padding.why is None
-    with replay.replay(foreign_record(replay, *ids.shape)):
-        loss = qwen(ids, labels=ids).loss
-    loss.backward()
+    with replay:
+        with replay.replay(foreign_record(replay, *ids.shape)):
+            loss = qwen(ids, labels=ids).loss
+        loss.backward()
     assert all(router.module.weight.grad.abs().sum() > 0 for router in replay.routers)
