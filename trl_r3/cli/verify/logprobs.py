@@ -50,8 +50,7 @@ def logprobs_finding(
             "log-probabilities are not asked for, or are withheld",
             "start the server with `--max-logprobs -1 --logprobs-mode processed_logprobs`",
         )
-    mask = mask & ~sampled.isnan()
-    own = rollout.temperature
+    mask, own = mask & ~sampled.isnan(), rollout.temperature
     errors = {each: _error(values, sampled, mask) for each, values in scores.items()}
     moved = _moved_error(scores[own], sampled, mask)
     drawn = _drawn_at(scores, mask)
