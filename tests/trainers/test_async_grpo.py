@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import random
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -47,13 +48,13 @@ def server():
 def run(server, tmp_path):
     """Trains with a server that begins with the same weights."""
 
-    def train(behaviour=None, shape=None, build=None, **settings) -> WatchedAsync:
+    def train(behaviour=None, shape=None, build=None, transfer=CopiedWeights, **settings) -> WatchedAsync:
         model = tiny_qwen3_moe(**(shape or {}))
         model.save_pretrained(tmp_path / "model")
         make_tokenizer().save_pretrained(tmp_path / "model")
         server.start(model, **(behaviour or {}))
-        transfer = CopiedWeights(server)
-        trainer = (build or make_trainer)(server, tmp_path / "model", tmp_path / "out", transfer=transfer, **settings)
+        folders = tmp_path / "model", tmp_path / "out"
+        trainer = (build or make_trainer)(server, *folders, transfer=transfer(server), **settings)
         trainer.train()
         return trainer
 
@@ -216,6 +217,33 @@ def test_requests_across_an_update_can_go_live(run, server):
     # what went through none of the experts of a steady request was live, in the share that was logged
     wrong, total = count_wrong(trainer.forwards, server.answers, MOE_LAYERS)
     assert 0 < wrong < total
+
+
+class Lingering(CopiedWeights):
+    """A transfer whose server has answered what was in flight before TRL has counted the update."""
+
+    def resume(self) -> None:
+        answered = len(self.server.answers)
+        super().resume()
+        give_up = time.monotonic() + 5
+        while len(self.server.answers) < answered + 3 and time.monotonic() < give_up:
+            time.sleep(0.01)
+        time.sleep(0.2)  # for the answers to arrive
+
+
+def test_what_is_answered_before_trl_counts_an_update_spans_it(run, server, monkeypatch):
+    told, add = [], Conversation.add
+
+    def add_noting(self, prompt, completion, rows, versions, *args):
+        told.append((tuple(prompt) + tuple(completion), versions[0] != versions[1]))
+        return add(self, prompt, completion, rows, versions, *args)
+
+    monkeypatch.setattr(Conversation, "add", add_noting)
+    run(**NOISY, max_inflight_tasks=16, max_steps=3, transfer=Lingering, **CHECKPOINTING["none"])
+    across = {tuple(each.tokens) for each in server.answers if each.updates[0] != each.updates[1]}
+    across -= {tuple(each.tokens) for each in server.answers if each.updates[0] == each.updates[1]}
+    assert len(across) > 4
+    assert not [tokens for tokens, spans in told if tokens in across and not spans]
 
 
 def roll_tokens(rows):

@@ -128,7 +128,7 @@ class R3AsyncGRPOTrainer(AttachedTrainer, AsyncGRPOTrainer):
     def _sync_weight_merged(self, *args, **kwargs):
         if self._r3 is None:
             return super()._sync_weight_merged(*args, **kwargs)
-        with self._r3.keeping_base():
+        with self._r3.keeping_base(), self._r3.counting_first():
             return super()._sync_weight_merged(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

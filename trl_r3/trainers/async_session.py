@@ -114,6 +114,26 @@ class AsyncReplaySession:
             yield
 
     @contextmanager
+    def counting_first(self) -> Iterator[None]:
+        """
+        Let the rollout process know of the weights that TRL sends inside before the server goes on with them.
+
+        TRL tells it afterwards, and a request that is answered in between would pass for one of older weights alone.
+        """
+        transfer, worker = self.trainer.weight_transfer, self.trainer.rollout_worker
+        if transfer is None or not worker:
+            yield
+            return
+        own = transfer.resume
+
+        def resume(*args, **kwargs) -> None:
+            worker.update_model_version(self.trainer.model_version + 1)
+            own(*args, **kwargs)
+
+        with swapped(transfer, "resume", resume):
+            yield
+
+    @contextmanager
     def replays(self, number: int) -> Iterator[None]:
         """Let the loss of a packed row go through its record, and judge that before the optimizer moves."""
         row = self._receive(number)
