@@ -25,7 +25,7 @@ from trl_r3.cli.plan import planning
 from trl_r3.cli.plan.job import Job, PlanError
 from trl_r3.cli.plan.memory import estimate
 from trl_r3.cli.plan.remedies import remedies
-from trl_r3.cli.plan.sizes import read_model
+from trl_r3.cli.plan.sizes import read_model, with_adapters
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "recipes" / "configs"
 QWEN = str(CONFIGS / "qwen3-30b-a3b")
@@ -82,6 +82,9 @@ def test_counts_are_those_of_the_built_model(tmp_path):
     assert estimate(facts, Job(prompts=1)).record_a_token == 3 * 3 * 2
     adapters = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
     assert facts.trainable == get_peft_model(model, adapters).get_nb_trainable_parameters()[0]
+    whole = with_adapters(facts, Job(prompts=1))
+    assert whole == read_model(str(tmp_path), Job(prompts=1)) != facts
+    assert with_adapters(whole, Job(prompts=1, lora_rank=4)) == facts
 
 
 MEASURE = """

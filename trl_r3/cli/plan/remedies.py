@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from .job import GB, Job, PlanError
 from .memory import Plan, estimate
-from .sizes import ModelFacts, read_model
+from .sizes import ModelFacts, with_adapters
 
 _MOST_GPUS = 1024
 _SERVE = "serve vLLM on other GPUs (`--engine-share 0`)"
@@ -39,7 +39,7 @@ def remedies(model: ModelFacts, job: Job) -> list[Remedy]:
     found = []
     for change, changed in _for_gpu(plan, model, fixed_job):
         try:
-            facts = read_model(model.name, changed) if changed.rank != job.rank else model
+            facts = with_adapters(model, changed) if changed.rank != job.rank else model
             after = estimate(facts, changed)
         except PlanError:
             continue

@@ -6,7 +6,7 @@ Legend: L MoE layers, E experts, K experts per token.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,29 @@ def read_model(name: str, job: Job) -> ModelFacts:
         quantization=quantization_note(config),
         trainable=_adapters(model, job, name) if job.rank else _count(model),
     )
+
+
+def with_adapters(model: ModelFacts, job: Job) -> ModelFacts:
+    """
+    The same model with the adapters of another job: its layers and routers are as they were.
+
+    Args:
+        model ([`ModelFacts`]):
+            As [`read_model`] found it.
+        job ([`Job`]):
+            Tells which adapters are trained, if any.
+
+    Returns:
+        [`ModelFacts`].
+
+    Raises:
+        [`PlanError`]: If no module has one of the names that adapters are to go to.
+    """
+    if not job.rank:
+        return replace(model, trainable=model.parameters)
+    trusted = job.trust_remote_code
+    weightless = _without_weights(_read_config(model.name, trusted), trusted)
+    return replace(model, trainable=_adapters(weightless, job, model.name))
 
 
 def _read_config(name: str, trust_remote_code: bool) -> Any:
