@@ -14,9 +14,10 @@ from trl import ModelConfig
 
 from trl_r3 import R3GRPOConfig
 from trl_r3.cli import command as cli
+from trl_r3.cli.plan import planning
 from trl_r3.cli.plan.job import Job
 from trl_r3.cli.plan.memory import estimate
-from trl_r3.cli.plan.sizes import read_model
+from trl_r3.cli.plan.sizes import read_model, with_adapters
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -91,6 +92,9 @@ def test_launch_line(recipe):
 def test_it_fits_as_planned(recipe, monkeypatch, capsys):
     """By its own line, and not in one process without adapters."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        planning, "read_model", lambda name, job: with_adapters(facts(Path(name).name, strategy="lora"), job)
+    )
     line = command(recipe, "trl-r3 plan")[1:]
     settings = yaml.safe_load(recipe.read_text())
     assert ("lora" in line or "--lora-rank" in line) is bool(settings.get("use_peft"))

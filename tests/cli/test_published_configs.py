@@ -1,5 +1,6 @@
 """`trl-r3 check` and `plan` on what published checkpoints say of themselves, and on the kinds of config among them."""
 
+import functools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from cli.published_configs import PUBLISHED
 from transformers import CONFIG_MAPPING
 
 from trl_r3.cli import command as cli
+from trl_r3.cli.plan import planning
 from trl_r3.cli.twin import narrow_config, narrow_twin, one_thread
 
 
@@ -16,32 +18,44 @@ def saved(folder, config):
     return str(folder)
 
 
-@pytest.fixture
-def said(capsys):
-    """What `check` says of a folder, by row of its table, which has no borders to cut a row."""
+def rows_of(printed):
+    """What `check` says, by row of its table, which has no borders to cut a row."""
+    cells = [line.split("\u2502")[1:3] for line in printed.splitlines() if "\u2502" in line]
+    rows, label = {}, ""
+    for left, right in cells:  # a long value goes on below
+        label = left.strip() or label
+        rows[label] = f"{rows.get(label, '')} {right.strip()}".strip()
+    return rows
 
-    def check(folder):
-        assert cli.main(["check", folder]) == 0
-        cells = [line.split("\u2502")[1:3] for line in capsys.readouterr().out.splitlines() if "\u2502" in line]
-        rows, label = {}, ""
-        for left, right in cells:  # a long value goes on below
-            label = left.strip() or label
-            rows[label] = f"{rows.get(label, '')} {right.strip()}".strip()
-        return rows
 
-    return check
+QUANTIZED = {
+    "qwen3-30b-a3b-fp8": "(fp8)",
+    "gpt-oss-20b": "Mxfp4Config(dequantize=True)",
+    "kimi-k2.5": "(compressed-tensors)",
+    "qwen3.6-35b-a3b-nvfp4": "Train from a checkpoint in bfloat16.",
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published(name, tmp_path, said, capsys):
+def test_published(name, tmp_path, capsys, monkeypatch):
     published = PUBLISHED[name]
     folder = saved(tmp_path, published.config)
-    rows = said(folder)
+    monkeypatch.setattr(planning, "read_model", functools.cache(planning.read_model))  # one for both forms of a plan
+    plan = ["plan", "--model", folder, "--prompts", "1", "--tokens", "64"]
+    is_quantized = "quantization_config" in published.config | published.config.get("text_config", {})
+    assert cli.main(["check", folder]) == 0
+    rows = rows_of(checked := capsys.readouterr().out)
+    assert cli.main(plan) in (0, 1)
+    for printed in (checked, capsys.readouterr().out):
+        printed = " ".join(printed.split())
+        assert ("stored quantized" in printed) is is_quantized
+        assert QUANTIZED.get(name, "") in printed
     assert rows["MoE layers"] == published.moe_layers
     assert (rows["experts (E)"], rows["experts a token (K)"]) == (str(published.experts), str(published.top_k))
     assert rows["own record"].startswith("passes: 0 of ") and rows["foreign record"].startswith("passes: 32 of 32 ")
-    assert cli.main(["plan", "--model", folder, "--prompts", "1", "--tokens", "64", "--json"]) in (0, 1)
+    assert cli.main([*plan, "--json"]) in (0, 1)
     model = json.loads(capsys.readouterr().out)["model"]
+    assert bool(model["quantization"]) is is_quantized
     assert model["parameters"] == pytest.approx(published.billions * 1e9, rel=1e-2)
     assert model["expert_parameters"] == published.of_experts
     layout = model["layout"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cli.published_configs import FP8, PUBLISHED
+from cli.published_configs import FP8
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -69,26 +69,3 @@ def test_numbers_whose_scales_transformers_leaves_out_are_no_weights(tmp_path, c
     for command in ("check", "verify"):
         assert cli.main([command, str(tmp_path)]) == 2
         assert "takes the stored numbers for weights, without their scales" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("qwen3-30b-a3b-fp8", "(fp8)"),
-        ("gpt-oss-20b", "Mxfp4Config(dequantize=True)"),
-        ("kimi-k2.5", "(compressed-tensors)"),
-        ("qwen3.6-35b-a3b-nvfp4", "Train from a checkpoint in bfloat16."),
-        ("qwen3-30b-a3b", None),
-    ],
-)
-def test_published(name, says, tmp_path, capsys):
-    """By both commands, of weights that are not here."""
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name].config))
-    plan = ["plan", "--model", str(tmp_path), "--prompts", "1", "--gpu-memory", "1e5"]
-    for command in (["check", str(tmp_path)], plan):
-        assert cli.main(command) == 0
-        printed = " ".join(capsys.readouterr().out.split())
-        assert ("stored quantized" in printed) == (says is not None)
-        assert says is None or says in printed
-    assert cli.main([*plan, "--json"]) == 0
-    assert bool(json.loads(capsys.readouterr().out)["model"]["quantization"]) == (says is not None)

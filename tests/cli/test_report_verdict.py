@@ -60,19 +60,30 @@ def test_what_is_not_healthy_is_named(tmp_path, name, value, says):
     assert says in str(found)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["sampling/k3_kl", "entropy", "loss"])
+no_number = pytest.mark.parametrize("value", [float("nan"), float("inf")])
+DIVERGING = ["sampling/k3_kl", "entropy", "loss"]
+
+
+@no_number
+@pytest.mark.parametrize("name", DIVERGING)
 def test_what_is_no_number_is_not_healthy(tmp_path, capsys, name, value):
     """A run that has diverged logs NaN; the steps before it are those of a healthy one."""
     folder = a_run(tmp_path / "bad", [(name, range(20, 31), value)])
     (found,) = judged(folder).unhealthy
     assert f"{name} reached {value}, outside since step 20; healthy is" in str(found)
-    assert cli.main(["report", str(folder)]) == 1
-    assert cli.main(["report", str(a_run(tmp_path / "good")), str(folder)]) == 1
-    capsys.readouterr()
     assert cli.main(["report", str(folder), "--json"]) == 1
     (told,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["runs"]
     assert told["last"][name] is None and told["metrics"][name]["value"] is None
+
+
+@no_number
+def test_what_is_no_number_is_drawn(tmp_path, capsys, value):
+    """Alone, and beside a run that is healthy."""
+    folder = a_run(tmp_path / "bad", [(name, range(20, 31), value) for name in DIVERGING])
+    for folders in ([folder], [a_run(tmp_path / "good"), folder]):
+        assert cli.main(["report", *map(str, folders)]) == 1
+        printed = capsys.readouterr().out
+        assert all(f"{name} reached {value}, outside since step 20" in printed for name in DIVERGING)
 
 
 def test_traces_that_were_scored_as_nan_are_not_healthy(tmp_path):
