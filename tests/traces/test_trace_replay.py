@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_zoo import build_tiny
 from peft import LoraConfig
 from trainers.runs import OLD_POLICY
 from transformers import AutoModelForCausalLM
@@ -121,6 +122,13 @@ def test_dropout_is_named(qwen3, traced, where):
     adapter = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=rates["lora_dropout"])
     trainer, (path, *_), _ = traced(qwen3(attention_dropout=rates["attention_dropout"]), peft_config=adapter)
     with pytest.raises(ValueError, match="dropped values out at random.*" + REMEDIES[where]):
+        verify_trace(trainer.model, load_trace(path))
+
+
+def test_noise_of_a_router_is_named(traced):
+    """Its experts read it, too, so no two forwards are alike."""
+    trainer, (path, *_), _ = traced(build_tiny("mixtral", router_jitter_noise=0.1), max_steps=1)
+    with pytest.raises(ValueError, match="drew noise at random. Load the model with `router_jitter_noise=0.0`"):
         verify_trace(trainer.model, load_trace(path))
 
 

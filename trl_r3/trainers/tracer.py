@@ -246,8 +246,13 @@ def _why_unreplayable(model: Any, output: dict[str, Any]) -> str | None:
     for name, each in model.named_modules():
         if drops_out(each) and each.training and each.p > 0:
             return f"its forwards dropped values out at random, in {name}. Set `disable_dropout=True` to trace."
-    if model.training and getattr(model.config.get_text_config(), "attention_dropout", 0) > 0:
-        return "its attention dropped values out at random. Load the model with `attention_dropout=0.0` to trace."
+    randomness = {
+        "attention_dropout": "its attention dropped values out",
+        "router_jitter_noise": "its MoE layers drew noise",
+    }
+    for setting, what in randomness.items():
+        if model.training and getattr(model.config.get_text_config(), setting, 0) > 0:
+            return f"{what} at random. Load the model with `{setting}=0.0` to trace."
     return None
 
 
