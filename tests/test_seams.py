@@ -293,6 +293,11 @@ SEAMS = [
                 lambda t=trainer: sets(t, *STATE.split()),
             ),
             Seam(
+                "engines/generate.py",
+                f"{trainer.__name__} cuts what `generate` returns behind the first of its eos_token_ids",
+                lambda t=trainer: calls(t._generate_single_turn, "isin", "eos_token_ids"),
+            ),
+            Seam(
                 "trainers/_compat_trainers.py",
                 f"{trainer.__name__} gives a forward {BESIDE_TOKENS}, and nothing else beside tokens",
                 lambda t=trainer: gives_beside_tokens(t, *BESIDE_TOKENS.split()),

@@ -97,15 +97,17 @@ class AfterThree(StoppingCriteria):
         return done
 
 
-def test_stopping_criterion(qwen, padded):
+@pytest.mark.parametrize("pad", [0, 127], ids=["padding of its own", "padding is the end"])
+@pytest.mark.parametrize("padding", ["keep", "auto"])
+def test_stopping_criterion(mixtral, padded, pad, padding):
     ids, mask = padded
-    untouched = copy.deepcopy(qwen)
-    enable_routing_replay(qwen)
-    settings = {"stopping_criteria": StoppingCriteriaList([AfterThree()]), "eos_token_id": 127, "pad_token_id": 0}
-    out = generate(qwen, ids, mask, do_sample=True, **settings, **WITH_ROUTES)
+    untouched = copy.deepcopy(mixtral)
+    enable_routing_replay(mixtral, padding=padding)
+    settings = {"stopping_criteria": StoppingCriteriaList([AfterThree()]), "eos_token_id": 127, "pad_token_id": pad}
+    out = generate(mixtral, ids, mask, do_sample=True, **settings, **WITH_ROUTES)
     real = mask_of(out, mask, [127])
-    assert (out.sequences[0, 17:] == 0).all() and (out.sequences[0, 14:17] != 0).all()
-    real[0, 17:] = 0
+    assert (out.sequences[0, 17:] == pad).all() and (out.sequences[0, 14:17] != pad).all()
+    real[0, 17 + (pad == 127) :] = 0  # the first one passes for an end
     check_routes(out, real, untouched)
 
 

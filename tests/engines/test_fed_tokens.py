@@ -34,7 +34,7 @@ def rows_of_calls(model, layer=0):
     return rows
 
 
-def rollout(padding, model=None, **kwargs):
+def rollout(padding, model=None, ends=None, **kwargs):
     """A rollout, and how many rows went to the experts in each forward."""
     model = model or tiny_qwen3_moe()
     rows = rows_of_calls(model)
@@ -43,7 +43,7 @@ def rollout(padding, model=None, **kwargs):
     with RouterReplay(model, padding=padding) as replay:
         rows.clear()  # of attaching
         torch.manual_seed(0)
-        generated = generate_with_routes(model, replay, model.generate, (), given, temperature=1.0)
+        generated = generate_with_routes(model, replay, model.generate, (), given, temperature=1.0, ends=ends)
     return generated, rows
 
 
@@ -77,9 +77,39 @@ def test_sequences_that_end_too_early_would_be_seen(monkeypatch):
     """The wrong variant: all have ended after their first token."""
     note = FedTokens.note
     padded, _ = rollout("keep")
-    monkeypatch.setattr(FedTokens, "note", lambda self, done: note(self, torch.tensor([True, True, False, True])))
+    wrong = torch.tensor([True, True, False, True])
+    monkeypatch.setattr(FedTokens, "note", lambda self, done, tokens: note(self, wrong, tokens))
     wrong, _ = rollout("auto")
     assert not torch.equal(wrong.sequences, padded.sequences)
+
+
+def test_what_no_expert_saw_is_missing():
+    """Its hidden states lack the experts, so that later routers selected something else."""
+    padded, _ = rollout("keep")
+    compact, _ = rollout("auto")
+    missing = (compact.records == 255).all(-1).all(-1)
+    for row, (prompt, completion) in enumerate(zip(LENGTHS, lengths_of(padded.sequences), strict=True)):
+        assert missing[row].tolist() == [
+            not WIDTH - prompt <= place < WIDTH + completion - 1 for place in range(missing.shape[1])
+        ]
+    assert not (padded.records[:, :-1] == 255).any()
+
+
+@pytest.mark.parametrize("pad", [0, ENDS[0]], ids=["padding of its own", "padding is an end"])
+def test_whoever_cuts_elsewhere_has_every_row(pad):
+    """`generation_kwargs={"eos_token_id": ...}` ends sequences with tokens that the trainer takes for no end."""
+    cuts = ENDS[:1]
+    kwargs = {"pad_token_id": pad, "suppress_tokens": cuts}
+    padded, all_rows = rollout("keep", **kwargs)
+    compact, rows = rollout("auto", ends=cuts, **kwargs)
+    width = padded.sequences.shape[1] - WIDTH
+    assert_same_rollout(compact, padded, taken := lengths_of(padded.sequences, cuts))
+    sampled = lengths_of(padded.sequences, ENDS)
+    assert max(sampled) > 3 and taken == [min(length + 1, width) if pad else width for length in sampled]
+    assert sum(all_rows) - sum(rows) > (sum(length < width - 1 for length in taken) if pad else 0)
+    too_early, _ = rollout("auto", ends=None, **kwargs)
+    with pytest.raises(AssertionError):
+        assert_same_rollout(too_early, padded, taken)
 
 
 class Third(StoppingCriteria):
@@ -154,7 +184,7 @@ def test_what_is_real():
     for mask in (None, MASK[None], MASK[:2], MASK[:, :5]):
         assert fed.real((4, WIDTH), mask) is None
     assert fed.real((4, 1), MASK) is None  # nobody has ended yet
-    fed.note(torch.tensor([False, True, False, False]))
-    fed.note(torch.tensor([False, False, False, True]))  # once ended, ended
+    fed.note(torch.tensor([False, True, False, False]), torch.tensor([5, 6, 7, 8]))
+    fed.note(torch.tensor([False, False, False, True]), torch.tensor([5, 6, 7, 8]))  # once ended, ended
     assert fed.real((4, 1), MASK).tolist() == [[True], [False], [True], [False]]
     assert fed.real((8, 1), None) is None

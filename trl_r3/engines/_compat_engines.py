@@ -57,20 +57,20 @@ def last_processor(lm: Any, process: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def noted_ends(lm: Any, note: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def noted_ends(lm: Any, note: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """
     Let `note` see after each token of `generate` which sequences (B,) have ended, where it feeds these padding from
-    then on. Goes when `generate` tells a user's function so.
+    then on, and the token of each. Goes when `generate` tells a user's function so.
     """
     from transformers import StoppingCriteriaList
 
     own = lm._get_stopping_criteria
 
     class Noted(StoppingCriteriaList):
-        def __call__(self, *args: Any, **kwargs: Any) -> torch.BoolTensor:
-            done = super().__call__(*args, **kwargs)
+        def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.BoolTensor:
+            done = super().__call__(input_ids, *args, **kwargs)
             if any(hasattr(each, "eos_token_id") for each in self):  # else it goes on to sample
-                note(done)
+                note(done, input_ids[:, -1])
             return done
 
     with swapped(lm, "_get_stopping_criteria", lambda *args, **kwargs: Noted(own(*args, **kwargs))):

@@ -167,7 +167,8 @@ class _EnabledModel:
                 "`output_routed_experts=True` returns the routes beside the sequences, but `return_dict_in_generate` "
                 "is not set. Set `return_dict_in_generate=True`."
             )
-        generated = generate_with_routes(self.lm, self.replay, generate, args, kwargs)
+        ends = _end_tokens(self.lm, kwargs)
+        generated = generate_with_routes(self.lm, self.replay, generate, args, kwargs, ends=ends)
         assert generated.records is not None  # of the handle
         routed_BT = _routed_positions(self.lm, generated.sequences, generated.prompt_width, args, kwargs)
         ids = unpack(generated.records, self.replay.layout)

@@ -23,15 +23,25 @@ class FedTokens:
 
     Prompts are read from the attention mask, which waits for the device once a forward. Sequences that have ended are
     sent to the host, and count from when they have arrived: nothing waits for them.
+
+    Args:
+        ends (sequence of `int`, *optional*):
+            Tokens behind which whoever takes the sequences cuts them: only what ends with one of these has ended. What
+            `generate` stops otherwise it fills up with padding, of which the first token may pass for an end. By
+            default nothing behind a sequence is read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends: Sequence[int] | None = None) -> None:
+        self._ends = None if ends is None else torch.tensor(list(ends), dtype=torch.int64)
         self._ended_B: Tensor | None = None  # on the device
         self._known_B: Tensor | None = None  # on the host
         self._arriving: list[tuple[Any, Tensor]] = []
 
-    def note(self, done_B: Tensor) -> None:
-        """After a token was drawn: which sequences end with it, and are fed padding from now on."""
+    def note(self, done_B: Tensor, tokens_B: Tensor) -> None:
+        """After a token was drawn, or fed as padding: which sequences have ended and are fed padding from now on."""
+        if self._ends is not None:
+            self._ends = self._ends.to(tokens_B.device)
+            done_B = done_B & torch.isin(tokens_B, self._ends)
         self._ended_B = done_B if self._ended_B is None else self._ended_B | done_B
         if done_B.device.type != "cuda":
             self._known_B = self._ended_B.cpu()
@@ -66,7 +76,9 @@ class FedTokens:
 
 
 @contextmanager
-def recorded_as_fed(lm: nn.Module, replay: RouterReplay) -> Iterator[RecordedRoutes]:
+def recorded_as_fed(
+    lm: nn.Module, replay: RouterReplay, ends: Sequence[int] | None = None
+) -> Iterator[RecordedRoutes]:
     """
     Record one call of `generate` with a handle that skips padding: tokens that nothing follows from go to no expert.
 
@@ -75,10 +87,12 @@ def recorded_as_fed(lm: nn.Module, replay: RouterReplay) -> Iterator[RecordedRou
             The model that generates.
         replay ([`RouterReplay`]):
             Its handle.
+        ends (sequence of `int`, *optional*):
+            As in [`FedTokens`].
 
     Yields:
         [`RecordedRoutes`].
     """
-    fed = FedTokens()
+    fed = FedTokens(ends)
     with noted_ends(lm, fed.note), replay.record(fed.real) as recorded:
         yield recorded

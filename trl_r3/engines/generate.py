@@ -7,7 +7,7 @@ sequences, L MoE layers, K experts per token, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +122,7 @@ def generate_with_routes(
     *,
     temperature: float | None = None,
     keeps: bool = False,
+    ends: Sequence[int] | None = None,
 ) -> Generated:
     """
     Call `generate` and record every forward in it.
@@ -141,10 +142,12 @@ def generate_with_routes(
         keeps (`bool`, *optional*, defaults to `False`):
             Whether to record what the logits processors keep, too. Log-probabilities are over that then, else over the
             whole vocabulary.
+        ends (sequence of `int`, *optional*):
+            Tokens behind which the sequences will be cut, as in [`~trl_r3.engines.fed_tokens.FedTokens`].
 
     Returns:
-        [`Generated`]: Rows of padding and behind the end of a sequence are not missing: whoever knows the lengths
-        leaves them out.
+        [`Generated`]: Rows of padding and behind the end of a sequence are missing only where no expert computed them:
+        whoever knows the lengths leaves them out.
 
     Raises:
         `ValueError`: If the way of decoding does not feed every token once, in order.
@@ -155,7 +158,7 @@ def generate_with_routes(
     noted = last_processor(lm, sampled.keep) if keeps and sampled is not None else nullcontext()
     recording: Any = nullcontext() if replay is None else replay.record()
     if replay is not None and replay.padding is not None:
-        recording = recorded_as_fed(lm, replay)
+        recording = recorded_as_fed(lm, replay, ends)
     try:
         with noted, recording as recorded:
             output = generate(*args, **recordable_kwargs(kwargs))
@@ -183,8 +186,7 @@ def _check_fed(recorded: RecordedRoutes, sequences: Tensor, width: int) -> None:
             "`generate` returned without a forward of the model, so there is nothing to record: something else made "
             "its sequences. Let the model generate them, or set `use_routing_replay=False`."
         )
-    num_rows = sequences.shape[1] - 1
-    fed = sum(forward.shape[1] for forward in recorded.forwards)
+    num_rows, fed = sequences.shape[1] - 1, sum(forward.shape[1] for forward in recorded.forwards)
     known = [tokens for tokens in recorded.tokens if tokens is not None]
     if len(known) == len(recorded.forwards):
         tokens = torch.cat(known, dim=1)[:, :num_rows]
@@ -221,11 +223,9 @@ def recorded_generate(trainer: SamplingTrainer, replay: RouterReplay | None, mas
     own_generate, calls = model.generate, []
 
     def generate(*args, **kwargs):
-        calls.append(
-            generate_with_routes(
-                model, replay, own_generate, args, kwargs, temperature=trainer.temperature, keeps=masks
-            )
-        )
+        how: dict[str, Any] = {"temperature": trainer.temperature, "keeps": masks}
+        how["ends"] = getattr(trainer, "eos_token_ids", None)  # IW-OPD cuts padding off, too
+        calls.append(generate_with_routes(model, replay, own_generate, args, kwargs, **how))
         return calls[-1].output
 
     def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:

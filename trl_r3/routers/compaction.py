@@ -51,6 +51,10 @@ class RealRows:
         zeros = values.new_zeros(self.count, *values.shape[1:])
         return zeros.index_copy(0, self.on(values.device), values)
 
+    def only(self, values: Tensor, fill: int) -> Tensor:
+        """The `(B * T, ...)` rows of a padded batch, with `fill` where padding is."""
+        return torch.full_like(values, fill).index_copy(0, self.on(values.device), self.real(values))
+
 
 class CompactExperts:
     """

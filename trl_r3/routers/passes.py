@@ -85,7 +85,7 @@ class RecordingPass(LivePass):
         End the forward.
 
         Returns:
-            `torch.Tensor` of shape `(N, L, K)`: Packed ids that it executed.
+            `torch.Tensor` of shape `(N, L, K)`: Packed ids that it executed, missing in rows that went to no expert.
 
         Raises:
             `RuntimeError`: If it did not go through every router once.
@@ -94,7 +94,7 @@ class RecordingPass(LivePass):
         selected_NLK = self._stacked(self.live).to(self.layout.storage_dtype)
         self.live = {}
         self.executed = selected_NLK.unbind(1)
-        return selected_NLK
+        return selected_NLK if self.real is None else self.real.only(selected_NLK, self.layout.missing)
 
     def _stacked(self, by_layer: dict[int, Tensor]) -> Tensor:
         tensors = [by_layer[index] for index in sorted(by_layer)]
