@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import file_systems
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -62,6 +63,17 @@ def test_files_go_and_values_stay(tmp_path):
     assert all(torch.equal(before, after) for before, after in zip(whole, taken, strict=True))
     SpilledTensors(str(tmp_path)).take(whole[0])  # and nobody holds it
     assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_a_file_system_that_keeps_what_is_mapped(tmp_path, monkeypatch):
+    file_systems.keep_what_is_mapped(monkeypatch)
+    whole = records()
+    spilled = SpilledTensors(str(tmp_path))
+    taken = [spilled.take(record) for record in whole]
+    del taken[0]
+    spilled.remove()
+    assert len(list(tmp_path.rglob(".nfs*"))) == 2 and not list(tmp_path.rglob("*.safetensors"))
+    assert torch.equal(taken[-1], whole[-1])
 
 
 def test_two_processes_share_a_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 
+import file_systems
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -54,6 +55,15 @@ def test_the_same_weights(qwen3, build, gap, tmp_path, mode):
     assert list(folder.iterdir()) == []  # nothing stays
     for before, after in zip(in_memory.records, in_files.records, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["R3", "R2"])
+def test_a_file_system_that_keeps_what_is_mapped(qwen3, build, tmp_path, monkeypatch, mode):
+    file_systems.keep_what_is_mapped(monkeypatch)
+    folder = tmp_path / "records"
+    trainer = build(qwen3(), **RUN, routing_replay_mode=mode, routing_replay_spill_dir=str(folder))
+    trainer.train()
+    assert trainer.state.global_step == RUN["max_steps"] and list(folder.iterdir()) == []
 
 
 def test_nothing_stays_after_an_error(qwen3, build, tmp_path):

@@ -17,7 +17,8 @@ class SpilledTensors:
     Tensors of a rollout, one safetensors file each, in a folder of their own.
 
     The files go with this object: by [`SpilledTensors.remove`], or when it is collected or the process ends. Tensors
-    that are still held then keep their values, for what is mapped outlives its name.
+    that are still held then keep their values, for what is mapped outlives its name; where a file system keeps a name
+    for it (NFS), an empty folder may stay.
 
     Args:
         folder (`str`):
@@ -34,7 +35,7 @@ class SpilledTensors:
 
     def __init__(self, folder: str):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="records-")
+        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="records-", ignore_cleanup_errors=True)
         self._written = 0
 
     @property

@@ -228,6 +228,7 @@ class KeptRollouts:
 
 def _remove_files(rollouts: list[Rollout]) -> None:
     for rollout in rollouts:
+        rollout.samples = []  # NFS removes no file that is mapped
         rollout.remove_files()
 
 
