@@ -178,6 +178,19 @@ def test_bytes_in_any_order(dtype):
     assert torch.equal(unpack(record, layout).long(), torch.from_numpy(ids))
 
 
+@pytest.mark.parametrize("num_experts", [200, 300], ids=["one byte", "two bytes"])
+@pytest.mark.parametrize("slots", [2, 3], ids=["of MoE layers", "of decoder layers"])
+@pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray], ids=["torch", "numpy"])
+def test_a_buffer_that_is_filled_again(kind, slots, num_experts):
+    """A `rollout_func` may return views of a buffer that its engine writes the next rollout into."""
+    layout = RoutingLayout((0, 1), 3, num_experts, top_k=2)
+    buffer = np.arange(6 * slots * 2).reshape(6, slots, 2).astype("u1" if num_experts == 200 else "i2")
+    record = to_record(kind(buffer[:5]), layout, 0)
+    before = record.clone()
+    buffer[:] = 0
+    assert torch.equal(record, before) and before.any()
+
+
 @pytest.mark.parametrize("dtype", [">f4", "f8", "O", "?"])
 def test_what_are_no_ids_is_refused_with_the_sample(dtype):
     layout = RoutingLayout((0, 2), 3, num_experts=200, top_k=2)

@@ -125,6 +125,7 @@ def to_record(ids: np.ndarray | Tensor, layout: RoutingLayout, sample: int) -> T
             f"sample {sample}: `routed_experts` has {ids.ndim} dimensions, shape {tuple(ids.shape)}, expected 3: "
             "(rows, layers, top_k). Pass one array a sample."
         )
+    given = ids if isinstance(ids, Tensor) else None
     if isinstance(ids, np.ndarray):
         if ids.dtype.kind not in "iu":
             raise ValueError(
@@ -137,7 +138,13 @@ def to_record(ids: np.ndarray | Tensor, layout: RoutingLayout, sample: int) -> T
         selected = select_moe_layers(ids.cpu(), layout)
     except ValueError as error:
         raise ValueError(f"sample {sample}: {error}") from error
-    return pack(selected, layout, sample=sample)
+    record = pack(selected, layout, sample=sample)
+    # whoever gave a view may fill its memory again
+    return record.clone() if given is not None and _share_memory(record, given) else record
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def pack(routed_experts: Tensor, layout: RoutingLayout, *, sample: int | None = None) -> Tensor:
