@@ -111,6 +111,27 @@ def test_stopping_criterion(mixtral, padded, pad, padding):
     check_routes(out, real, untouched)
 
 
+@pytest.mark.parametrize("given", ["argument", "argument beside a config", "config", "model"])
+def test_whose_ends_count(qwen, padded, given):
+    """`None` as an argument switches the ends of the model off; in a config it leaves them."""
+    ids, mask = padded
+    untouched, ends = copy.deepcopy(qwen), list(range(3, 60))
+    enable_routing_replay(qwen)
+    qwen.generation_config.eos_token_id = [127] if given == "config" else ends
+    config = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    kwargs = config if given in ("argument", "model") else {"generation_config": GenerationConfig(**config)}
+    if given == "config":
+        kwargs["generation_config"].eos_token_id = ends
+    elif given != "model":
+        kwargs["eos_token_id"] = None
+        ends = []
+    out = qwen.generate(ids, attention_mask=mask, output_routed_experts=True, **kwargs)
+    real = mask_of(out, mask, ends)
+    assert torch.isin(out.sequences[:, 14:21], torch.arange(3, 60)).any(), "an end was sampled"
+    assert bool((real[:, 14:] == 0).any()) == bool(ends)
+    check_routes(out, real, untouched)
+
+
 @pytest.mark.parametrize("given", ["positional", "inputs", "input_ids"])
 def test_ways_to_pass_the_prompt(qwen, padded, given):
     ids, mask = padded

@@ -249,11 +249,11 @@ def recordable_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """A generation setting as `generate` resolves it: argument, then given config, then the model's."""
-    for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)):
-        if value is not None:
-            return value
-    return getattr(model.generation_config, name, None)
+    """A generation setting as `generate` resolves it: argument, `None` too, then given config, then the model's."""
+    if name in kwargs:
+        return kwargs[name]
+    value = getattr(kwargs.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if value is None else value
 
 
 def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
