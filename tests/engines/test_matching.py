@@ -45,7 +45,7 @@ class Conversation:
 
     prompt: list[int]
     turns: list[tuple[list[int], list[int]]]
-    cut: int = 0  # tokens that the trainer cuts off what was said last
+    cut: int = 0  # tokens that the trainer cuts off
     name: int = 0
 
     def fed(self, number):
@@ -109,7 +109,7 @@ ended = tokens.map(lambda said: [*said, END])
 
 
 @st.composite
-def conversations_of(draw, said=tokens, cuts=True):
+def conversations_of(draw, said=tokens, cuts="last"):
     drawn = []
     for name in range(draw(st.integers(1, 5))):
         if drawn and draw(st.booleans()):  # another completion of the same prompt, or a twin
@@ -119,8 +119,8 @@ def conversations_of(draw, said=tokens, cuts=True):
             prompt, turns = draw(tokens), []
         for number in range(len(turns), max(len(turns), draw(st.integers(1, 3)))):
             turns.append((draw(tokens) if number else [], draw(said)))
-        room = len(turns[-1][1]) - (len(turns) == 1)
-        drawn.append(Conversation(prompt, turns, draw(st.integers(0, room)) if cuts else 0, name))
+        room = {"none": 0, "last": len(turns[-1][1]) - (len(turns) == 1), "any": sum(map(len, sum(turns, ()))) - 1}
+        drawn.append(Conversation(prompt, turns, draw(st.integers(0, room[cuts])), name))
     return drawn
 
 
@@ -147,7 +147,7 @@ def test_every_sample_has_its_own_rows(order, conversations):
 
 
 @many
-@given(conversations_of(said=ended, cuts=False), st.randoms(use_true_random=False))
+@given(conversations_of(said=ended, cuts="none"), st.randoms(use_true_random=False))
 @example(TWINS, random.Random(0))
 def test_samples_played_in_any_order(conversations, chance):
     """Each at its own pace. Which of two twins a turn is of cannot be told, but all rows are of their tokens."""
@@ -160,6 +160,23 @@ def test_samples_played_in_any_order(conversations, chance):
     # none was lost to a sample that had one already
     scored = sum(int((~logprobs.isnan()).sum()) for logprobs in joined.logprobs)
     assert scored == sum(len(said) for each in conversations for _, said in each.turns)
+
+
+BEGINS_ALIKE = [  # what is left of sample 0 begins both prompts of the second turn
+    Conversation([2], [([], [2]), ([3], [2])], cut=2, name=0),
+    Conversation([2], [([], [2]), ([2], [3])], name=1),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@many
+@given(conversations_of(said=ended, cuts="any"))
+@example(BEGINS_ALIKE)
+def test_samples_that_are_cut_in_any_turn(order, conversations):
+    """Turns behind the cut are of no row. Of two samples that begin alike either may have them, if none is lost."""
+    joined = stitched(played(order(conversations), conversations, by_name=False), conversations)
+    for each, record in zip(conversations, joined.records, strict=True):
+        assert torch.equal(record, each.record(by_name=False)), f"sample {each.name}"
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ def match_samples(
     """
     The sample that each entry of a turn continues, no two the same: the whole turn at the lowest price.
 
-    Whatever begins with the prompt of an entry may be continued by it. What speaks against a pair is weighed, the
-    gravest first; in a turn of all samples, that the indices differ weighs least. Of what is still equal, the first
-    entry takes the first sample.
+    Whatever begins with the prompt of an entry may be continued by it, and so may a sample that was cut before, which
+    the prompt begins with. What speaks against a pair is weighed, the gravest first; in a turn of all samples, that
+    the indices differ weighs least. Of what is still equal, the first entry takes the first sample.
 
     Args:
         prompts (sequence of `bytes`):
@@ -37,7 +37,7 @@ def match_samples(
         `ValueError`: If an entry continues no sample that is left.
     """
     entries = len(prompts)
-    shortest = min(map(len, prompts), default=0)
+    shortest = min(map(len, (*prompts, *samples)), default=0)
     alike: dict[bytes, list[int]] = {}  # samples by their beginning, so that not each is compared with each
     for sample, tokens in enumerate(samples):
         alike.setdefault(tokens[:shortest], []).append(sample)
@@ -45,7 +45,7 @@ def match_samples(
     for entry, prompt in enumerate(prompts):
         price: dict[int, int] = {}
         for sample in alike.get(prompt[:shortest], ()):
-            if samples[sample].startswith(prompt):
+            if samples[sample].startswith(prompt) or prompt.startswith(samples[sample]):
                 price[sample] = 0
                 # no sum over the entries of what comes later outweighs one of what comes before
                 for fault in (*faults(entry, sample), in_order and sample != entry):

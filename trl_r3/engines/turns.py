@@ -94,7 +94,8 @@ def stitch(
         turns (sequence of [`Turn`]):
             In the order they were made: each with all samples that went on, or the samples one after the other.
         prompt_ids, completion_ids (sequence of `list[int]`):
-            What the trainer scores: completions hold all turns and tool results, and may be truncated.
+            What the trainer scores: completions hold all turns and tool results, and may be truncated, in whichever
+            turn.
         layout ([`RoutingLayout`], *optional*):
             Layers and experts of the model; `None` where no routes are recorded.
 
@@ -167,14 +168,16 @@ class _Stitched:
         if turn.masks is not None and agreed > first:
             self._masks[first] = turn.masks[entry][: agreed - first]
 
-    def price(self, turn: Turn, entry: int, fed: bytes) -> tuple[bool, bool, bool]:
+    def price(self, turn: Turn, entry: int, fed: bytes) -> tuple[bool, bool, bool, bool]:
         """
-        What speaks against an entry of a turn whose prompt is the beginning of the sample, the gravest first: its
-        tokens (`fed`) differ from those of the sample, the sample is not about to go on there, it lacks nothing of it.
+        What speaks against an entry of a turn whose prompt is the beginning of the sample, or begins with all of it,
+        the gravest first: its tokens (`fed`) differ from those of the sample, the sample ends before and is whole, it
+        is not about to go on there, it lacks nothing of the entry.
         """
         agrees = self.bytes.startswith(fed) or fed.startswith(self.bytes)
-        goes_on = self.goes_on_at(len(turn.prompt_ids[entry]))
-        return not agrees, not goes_on, not (agrees and self.lacks(turn, entry))
+        first, adds = len(turn.prompt_ids[entry]), agrees and self.lacks(turn, entry)
+        goes_on = self.goes_on_at(first)
+        return not agrees, first > len(self.ids) and not (goes_on and adds), not goes_on, not adds
 
     @property
     def record(self) -> Tensor:
