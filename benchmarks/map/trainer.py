@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trl_r3._compat import swapped
 from trl_r3.cli.demo.low_precision import LowPrecisionRolloutTrainer
-from trl_r3.engines.generate import SampledTokens
+from trl_r3.engines.sampled_tokens import SampledTokens, drawn_tokens
 from trl_r3.routers.router import _Selection
 
 from .cells import Arm
@@ -58,7 +58,7 @@ class MapTrainer(LowPrecisionRolloutTrainer):
                 sequences = own_generate(*args, **kwargs)
             finally:
                 scores.remove()
-            sampled.extend(scores.logprobs(sequences, prompts.shape[1]))
+            sampled.extend(scores.logprobs(sequences, drawn_tokens(sequences[:, prompts.shape[1] :], ())))
             return sequences
 
         with swapped(self, "use_vllm", False), swapped(model, "generate", generate):

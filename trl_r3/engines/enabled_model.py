@@ -22,7 +22,8 @@ from ..records.sources import WholeBatch
 from ..routers.lagging import LaggingPass, OlderRouters
 from ..routers.patches import Patch
 from ..routers.router_replay import RouterReplay
-from .generate import generate_with_routes, setting
+from .generate import end_tokens, generate_with_routes, setting
+from .sampled_tokens import drawn_tokens
 
 
 def enable_routing_replay(
@@ -167,7 +168,7 @@ class _EnabledModel:
                 "`output_routed_experts=True` returns the routes beside the sequences, but `return_dict_in_generate` "
                 "is not set. Set `return_dict_in_generate=True`."
             )
-        ends = _end_tokens(self.lm, kwargs)
+        ends = end_tokens(self.lm, kwargs)
         generated = generate_with_routes(self.lm, self.replay, generate, args, kwargs, ends=ends)
         assert generated.records is not None  # of the handle
         routed_BT = _routed_positions(self.lm, generated.sequences, generated.prompt_width, args, kwargs)
@@ -201,24 +202,17 @@ def _prompt_mask(model: Any, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """(prompts, P) of `bool`: given, or inferred from padding by the rule that `generate` documents."""
     if kwargs.get("attention_mask") is not None:
         return kwargs["attention_mask"].bool()
-    pad, ends = setting(model, kwargs, "pad_token_id"), _end_tokens(model, kwargs)
+    pad, ends = setting(model, kwargs, "pad_token_id"), end_tokens(model, kwargs)
     return prompt != pad if pad is not None and pad not in ends else torch.ones_like(prompt, dtype=torch.bool)
-
-
-def _end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
-    ends = setting(model, kwargs, "eos_token_id")
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _routed_positions(model: Any, sequences: Tensor, width: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """(B, T) of `bool`: real tokens of each sequence, but for its last one, which was sampled and not fed."""
     prompts = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
     mask = _prompt_mask(model, next(prompt for prompt in prompts if prompt is not None), kwargs)
-    completion, ends = sequences[:, width:], _end_tokens(model, kwargs)
-    real = torch.ones_like(completion, dtype=torch.bool)
+    completion, ends = sequences[:, width:], end_tokens(model, kwargs)
+    real = drawn_tokens(completion, ends)
     if ends and completion.shape[1]:
-        is_end = torch.isin(completion, torch.tensor(ends, device=completion.device))
-        real = is_end.int().cumsum(1) - is_end.int() == 0
         pad = setting(model, kwargs, "pad_token_id")
         stops = kwargs.get("stopping_criteria") or any(setting(model, kwargs, s) for s in ("stop_strings", "max_time"))
         if stops and pad is not None and pad not in ends:  # what these end is filled up with padding

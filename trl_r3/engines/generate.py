@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import find_causal_lm, is_compiled, swapped
-from ..records.metrics import drawn_logprobs
 from ..records.record import slice_samples
-from ..records.sampling_mask import SamplingMask, kept_rows
+from ..records.sampling_mask import SamplingMask
 from ..routers.passes import RecordedRoutes
 from ..routers.router_replay import RouterReplay
 from ._compat_engines import last_processor
 from .fed_tokens import recorded_as_fed
+from .sampled_tokens import SampledTokens, drawn_tokens
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 
 
@@ -34,8 +34,8 @@ class Generated:
     sequences: Tensor  # (B, T)
     prompt_width: int
     records: Tensor | None  # packed (B, T, L, K), missing where nothing was routed
-    logprobs: Tensor | None  # (B, T - P), of the sampled tokens
-    kept: list[list[Tensor]] | None  # by sampled position, then by sequence: ids that were left to draw from
+    logprobs: Tensor | None  # (B, T - P), of the sampled tokens; NaN where `generate` put padding
+    kept: list[list[Tensor]] | None  # by completion token, then by sequence: ids that were left to draw from
 
     def turn(self, prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
         """The turn of these tokens: padding and what follows the end are left out."""
@@ -49,68 +49,6 @@ class Generated:
         if self.kept is not None:
             masks = [SamplingMask.of([at[i] for at in self.kept[:count]]) for i, count in enumerate(completions)]
         return Turn(prompt_ids, completion_ids, records, logprobs, masks)
-
-
-class SampledTokens:
-    """
-    What `generate()` sampled: log-probabilities, kept as (B,) a step (storing logits would take (B, T, V)), and, where
-    its last logits processor is [`SampledTokens.keep`], the ids that were left to draw from.
-    """
-
-    def __init__(self, lm: nn.Module, temperature: float):
-        self.temperature = temperature
-        self.logits: Tensor | None = None  # (B, V) of the last position so far, -inf where it was cut
-        self.position = 0  # tokens that have been fed
-        self.values: dict[int, Tensor] = {}  # by position of the sampled token
-        self.kept: dict[int, list[Tensor]] = {}  # likewise
-        self.handles = [
-            lm.register_forward_pre_hook(self._before, with_kwargs=True),
-            lm.register_forward_hook(self._after),
-        ]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-
-    def keep(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
-        """Note what can be drawn from scores; they stay as they are."""
-        assert self.logits is not None  # of the forward that made the scores
-        self.kept[self.position] = kept_rows(scores_BV)
-        # not the scores: penalties move them, and the trainer knows none
-        self.logits = self.logits.masked_fill(scores_BV == -torch.inf, -torch.inf)
-        return scores_BV
-
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"]
-        self._score(ids[:, 0])
-        self.position += ids.shape[1]
-
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.logits = output.logits[:, -1].detach().float() / self.temperature
-
-    def _score(self, token_B: Tensor) -> None:
-        if self.logits is not None:
-            self.values[self.position] = drawn_logprobs(self.logits, token_B.to(self.logits.device))
-
-    def logprobs(self, sequences: Tensor, width: int) -> Tensor:
-        """(B, T - P): one value a completion token."""
-        if self.position == sequences.shape[1] - 1:
-            self._score(sequences[:, -1])
-        values = [self.values[position] for position in range(width, sequences.shape[1])]
-        return torch.stack(values, dim=1) if values else torch.empty(len(sequences), 0)
-
-    def kept_at(self, sequences: Tensor, width: int) -> list[list[Tensor]]:
-        """By sampled position, then by sequence."""
-        positions = range(width, sequences.shape[1])
-        lacking = [position for position in positions if position not in self.kept]
-        if lacking:
-            raise RuntimeError(
-                f"`generate` returned {len(positions)} tokens, but its logits processors ran for "
-                f"{len(positions) - len(lacking)} of them: something else drew the others. Set "
-                "`use_sampling_mask_replay=False`."
-            )
-        return [self.kept[position] for position in positions]
 
 
 def generate_with_routes(
@@ -172,8 +110,11 @@ def generate_with_routes(
         _check_fed(recorded, sequences, width)
         rows = recorded.packed[:, : sequences.shape[1] - 1]
         records = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 1), value=replay.layout.missing)
-    logprobs = None if sampled is None else sampled.logprobs(sequences, width)
-    kept = None if sampled is None or not keeps else sampled.kept_at(sequences, width)
+    logprobs = kept = None
+    if sampled is not None:
+        drawn_BC = drawn_tokens(sequences[:, width:], end_tokens(model, kwargs))
+        logprobs = sampled.logprobs(sequences, drawn_BC)
+        kept = sampled.kept_at(sequences, drawn_BC) if keeps else None
     return Generated(output, sequences, width, records, logprobs, kept)
 
 
@@ -254,6 +195,12 @@ def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
         return kwargs[name]
     value = getattr(kwargs.get("generation_config"), name, None)
     return getattr(model.generation_config, name, None) if value is None else value
+
+
+def end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """The tokens that end a sequence of `generate`, which goes on with padding."""
+    ends = setting(model, kwargs, "eos_token_id")
+    return [] if ends is None else [int(end) for end in torch.as_tensor(ends).flatten()]
 
 
 def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
