@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from engines.fake_vllm import fake_vllm, routes_of
 from engines.tiny_chat import VOCAB, WatchedGRPO, make_trainer
 from engines.watch import assert_nothing_missing, assert_replayed, rows_of_turns, wrong_rows
 
@@ -242,3 +245,38 @@ def test_the_example(tmp_path, monkeypatch):
     for one in trainer.updates:
         for tokens, rows in one.samples():
             assert wrong_rows(rows, trainer.live_rows(tokens, one.weights)) == 0
+
+
+def test_turns_that_are_asked_for_at_once(server_trainer):
+    """Agents in threads, each with a conversation of its own."""
+    played = []
+
+    def play(trainer, prompt):
+        tokens, turns = list(prompt), []
+        for _ in range(3):
+            turn, logprobs = trainer.rollout_turn([list(tokens)])
+            assert [len(values) for values in logprobs] == [len(ids) for ids in turn.completion_ids]
+            turns.append(turn)
+            tokens += turn.completion_ids[0]
+        return turns, tokens
+
+    def at_once(prompts, trainer):
+        prompt_ids = [[*trainer.processing_class(prompt)["input_ids"], 20 + i] for i, prompt in enumerate(prompts)]
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            conversations = list(threads.map(partial(play, trainer), prompt_ids))
+        played.extend(conversations)
+        completion_ids = [tokens[len(p) :] for p, (_, tokens) in zip(prompt_ids, conversations, strict=True)]
+        turns = [turn for turns, _ in conversations for turn in turns]
+        rollout = stitch(turns, prompt_ids, completion_ids, trainer.routing_replay.layout)
+        logprobs = [[-1.0] * len(ids) for ids in completion_ids]
+        records = {"routed_experts": rollout.records, "logprobs": logprobs}
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **records}
+
+    with fake_vllm(longest_delay=0.02) as fake:
+        trainer = server_trainer(fake, rollout_func=at_once, max_steps=1, routing_replay_alarm="off")
+        trainer.train()
+    for turns, _ in played:
+        for turn in turns:
+            expected = routes_of([*turn.prompt_ids[0], *turn.completion_ids[0]])[:, [0, 2, 3]]
+            assert np.array_equal(turn.records[0].numpy(), expected)
+    assert len(played) == 8

@@ -8,6 +8,7 @@ from .construction import check_parent
 from .lifecycle import AttachedTrainer, ReplayLifecycle
 from .live_comparison import compare_with_live
 from .log import samples_another, warn_of_sampling
+from .rollout import Turns
 
 
 class RoutingReplayMixin(ReplayLifecycle):
@@ -28,7 +29,8 @@ class RoutingReplayMixin(ReplayLifecycle):
 
     def rollout_turn(self, prompt_ids: list[list[int]]) -> tuple[Turn, list | None]:
         """
-        Generate one turn with the configured engine, for use in a `rollout_func`.
+        Generate one turn with the configured engine, for use in a `rollout_func`. Threads that call it wait for each
+        other, so that an engine serves them one after the other: give it the prompts of all conversations at once.
 
         Args:
             prompt_ids (list of `list[int]`):
@@ -38,9 +40,10 @@ class RoutingReplayMixin(ReplayLifecycle):
             `tuple[Turn, list]`: The turn with its records and masks (join turns with [`stitch`]), and the sampled
             tokens' log-probabilities. In evaluation there are no records, and no log-probabilities where TRL has none.
         """
-        completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, 1)
-        made = self._r3.turns.made if self._r3 is not None else []
-        turn = made.pop() if made else Turn(prompt_ids, completion_ids, [])
+        turns = Turns() if self._r3 is None else self._r3.turns
+        with turns.one_at_a_time:
+            completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, 1)
+            turn = turns.made.pop() if turns.made else Turn(prompt_ids, completion_ids, [])
         if logprobs is None and turn.logprobs is not None:
             logprobs = [values.tolist() for values in turn.logprobs]
         return turn, logprobs

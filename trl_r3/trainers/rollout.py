@@ -5,6 +5,7 @@ Legend: B batch, C completion tokens.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Turns:
     known: KnownRoutes | None = None
     made: list[Turn] = field(default_factory=list, init=False)
     error: Exception | None = field(default=None, init=False)
+    one_at_a_time: Any = field(default_factory=threading.RLock, init=False)  # for the threads of a `rollout_func`
 
     def add(self, make_turn: MakeTurn, prompt_ids: Prompts, generated: Any) -> None:
         """Take what one call of `_generate_single_turn` returned."""
