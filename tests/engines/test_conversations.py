@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from engines.fake_vllm import npy_base64
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trl.experimental.async_grpo import async_rollout_worker
@@ -19,6 +20,7 @@ from trl_r3 import RoutingLayout
 from trl_r3._compat import swapped
 from trl_r3.engines import conversations
 from trl_r3.engines.conversations import Conversation, ConversationRoutes, RoutedTokens
+from trl_r3.engines.payloads import decode_vllm_http
 from trl_r3.records.record import missing_rows
 from trl_r3.trainers.async_worker import RoutedBuilder
 
@@ -54,8 +56,9 @@ def answered(turns, leaves_out: bool = True) -> list[RoutedTokens]:
     """What a conversation makes of answers, of rows that it does not have, or of all."""
     conversation, outputs = Conversation(SHAPE), []
     for number, (prompt, completion) in enumerate(turns):
-        known = conversation.known_rows(prompt) if leaves_out else 0
-        rows = told(number, len(prompt) + len(completion) - 1 - known, known)
+        left_out = conversation.rows_left_out(prompt) if leaves_out else 0
+        rows = told(number, len(prompt) + len(completion) - 1 - left_out, left_out)
+        rows = decode_vllm_http(npy_base64(rows))  # as they come
         outputs.append(conversation.add(prompt, completion, rows, (number, number + number % 2), number))
     return outputs
 
@@ -96,6 +99,7 @@ def assert_right(turns, joined) -> None:
 
 @few
 @given(rendered_turns(), st.booleans())
+@example([([1, 2], [0, 1]), ([1, 2], [0])], True)  # asked again, and ended at once
 def test_each_row_is_that_of_the_first_turn_that_fed_its_token(turns, leaves_out):
     outputs = answered(turns, leaves_out)
     assert_right(turns, [(prompt + c, output.routes) for (prompt, c), output in zip(turns, outputs, strict=True)])

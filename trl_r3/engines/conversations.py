@@ -122,8 +122,12 @@ class Conversation:
     routes: ConversationRoutes = field(default=ConversationRoutes(), init=False)
 
     def known_rows(self, prompt: Sequence[int]) -> int:
-        """How many rows of a prompt are held, which its request need not tell."""
+        """How many rows of a prompt are held."""
         return min(common_prefix(self.tokens, prompt), len(self.routes))
+
+    def rows_left_out(self, prompt: Sequence[int]) -> int:
+        """How many rows its request need not tell: those that are held, but one comes, or an answer may have none."""
+        return min(self.known_rows(prompt), len(prompt) - 1)
 
     def add(
         self,
@@ -142,7 +146,7 @@ class Conversation:
             prompt, completion (sequence of `int`):
                 P tokens that were sent, C that were answered.
             told (`numpy.ndarray` of shape `(R, D, K)`, or `ValueError`, *optional*):
-                Ids of all T - 1 rows, or of those that were not known; or why there are none.
+                Ids of all T - 1 rows, or of those that were not left out; or why there are none.
             versions (`tuple[int, int]`):
                 Of the weights, when the request was sent and when it was answered.
             number (`int`):
@@ -153,7 +157,7 @@ class Conversation:
         record, fault = None, str(told) if isinstance(told, ValueError) else None
         if isinstance(told, np.ndarray):
             try:
-                record = self._record(told, known, fed, number)
+                record = self._record(told, known, self.rows_left_out(prompt), fed, number)
             except ValueError as error:
                 fault = str(error)
         if record is None:
@@ -165,10 +169,10 @@ class Conversation:
         self.routes = ConversationRoutes((*held, *new), self.routes.fault or fault)
         return RoutedTokens(completion, self.routes)
 
-    def _record(self, told: np.ndarray, known: int, fed: int, number: int) -> Tensor:
+    def _record(self, told: np.ndarray, known: int, left_out: int, fed: int, number: int) -> Tensor:
         """(fed - known, L, K), checked."""
-        if len(told) not in (fed, fed - known):
-            expected = f"{fed}, or {fed - known} without those of the turns before" if known else f"{fed}"
+        if len(told) not in (fed, fed - left_out):
+            expected = f"{fed}, or {fed - left_out} without those of the turns before" if left_out else f"{fed}"
             raise ValueError(
                 f"sample {number}: the server returned {len(told)} rows of routes for {fed + 1} tokens, expected "
                 f"{expected}: the last token is sampled, never fed. Use vLLM 0.22 to 0.33 as it is."

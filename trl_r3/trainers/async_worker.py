@@ -123,8 +123,8 @@ class RecordingLoop(_Loop):
         conversation = self._conversation.get(None) or Conversation(self.layout)
         asked = copy(conversation)  # another request of it may be answered before this one
         prompt = payload["prompt"]
-        if known := conversation.known_rows(prompt):
-            payload = {**payload, "routed_experts_prompt_start": known}
+        if left_out := conversation.rows_left_out(prompt):
+            payload = {**payload, "routed_experts_prompt_start": left_out}
         sent_at = self.model_version
         answer = await super()._post(path, payload, *args, **kwargs)
         versions = sent_at, self.model_version
