@@ -162,11 +162,14 @@ def recorded_generate(trainer: SamplingTrainer, replay: RouterReplay | None, mas
     """
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     own_generate, calls = model.generate, []
+    ends = getattr(trainer, "eos_token_ids", None)  # IW-OPD has none: it cuts off padding, whatever comes before
 
     def generate(*args, **kwargs):
-        how: dict[str, Any] = {"temperature": trainer.temperature, "keeps": masks}
-        how["ends"] = getattr(trainer, "eos_token_ids", None)  # IW-OPD cuts padding off, too
-        calls.append(generate_with_routes(model, replay, own_generate, args, kwargs, **how))
+        calls.append(
+            generate_with_routes(
+                model, replay, own_generate, args, kwargs, temperature=trainer.temperature, keeps=masks, ends=ends
+            )
+        )
         return calls[-1].output
 
     def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
