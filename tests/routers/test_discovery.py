@@ -238,3 +238,24 @@ def test_model_without_routers_is_refused(build, words):
     with pytest.raises(UnsupportedRouterError, match=words):
         enable_routing_replay(model)
     assert same_traces(traces(model), before)
+
+
+class ByOne(torch.nn.Module):
+    """Experts that are called one by one, as models had them before Transformers 5."""
+
+    def __init__(self, gate, experts):
+        super().__init__()
+        self.gate, self.one = gate, experts
+        self.experts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(experts.num_experts))
+
+    def forward(self, hidden):
+        _, weights, ids = self.gate(hidden.flatten(0, 1))
+        return self.one(hidden.flatten(0, 1), ids, weights).view_as(hidden)
+
+
+def test_a_part_of_the_layers_alone_is_refused(qwen):
+    """The others would route live, whatever the record says."""
+    mlp = qwen.model.layers[3].mlp
+    qwen.model.layers[3].mlp = ByOne(mlp.gate, mlp.experts)
+    with pytest.raises(UnsupportedRouterError, match=r"1 mixtures .* beside 1 \(model\.layers\.3\.mlp\) that run"):
+        RouterReplay(qwen)

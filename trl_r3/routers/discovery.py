@@ -17,10 +17,12 @@ from ..gating import native_kernels
 from ..records.record import RoutingLayout
 from .gated import GatedRouter, GateFormula, with_gating_op
 from .patches import Patch
-from .probe import Event, TopK, WatchedForward, noise_like, probe, run_probe
+from .probe import PROBE_BATCH, PROBE_TOKENS, Event, WatchedForward, noise_like, probe, run_probe
 from .router import Router
+from .selecting import inside_of, selecting
 from .self_check import (
     UnsupportedRouterError,
+    check_masks,
     check_router,
     evaluating,
     rebound_forward,
@@ -81,10 +83,11 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
     watched = probe(model, names, experts)
     if not watched.events:
         _refuse_without_events(model, names, experts, watched)
+    path, stack = _decoder_stack(model, [event.block for event in watched.events])
     routers = [
         _router_of(event, names, watched) for event in watched.events if not _is_static(event, model, names, experts)
     ]
-    path, stack = _decoder_stack(model, [router.name for router in routers])
+    _refuse_what_is_beside(model, experts, watched)
     routers.sort(key=lambda router: router.layer)
     _check_uniform(model, routers)
     return FoundRouters(_checked(model, routers, gating), model.get_submodule(path), len(stack))  # type: ignore[arg-type]
@@ -98,7 +101,8 @@ def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Route
     def check(index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
             router = replace(routers[index], rebound=rebound_forward(routers[index], forward, args, kwargs))
-            check_router(router, forward, args, kwargs)
+            router = check_router(router, forward, args, kwargs)
+            check_masks(router, forward, args, kwargs)
             previous = checked.get(index - 1)
             likely = previous.formula if isinstance(previous, GatedRouter) else None
             checked[index] = _gated(router, gating, likely, forward, args, kwargs)
@@ -180,7 +184,7 @@ def _kernel_hint(model: nn.Module) -> str:
 
 def _is_static(event: Event, model: nn.Module, names: dict, experts: dict) -> bool:
     """Whether a block without a top-k selects by token id alone (hash routing), so that there is nothing to replay."""
-    if _selecting(event, names) is not None:
+    if selecting(event, names) is not None:
         return False
     if event.ids_args:
         # other hidden states, same tokens
@@ -189,22 +193,37 @@ def _is_static(event: Event, model: nn.Module, names: dict, experts: dict) -> bo
         if len(twins) == 1 and all(map(torch.equal, event.ids_args, twins[0].ids_args)):
             return True
     block = model.get_submodule(event.block)
+    where = f"{event.block} ({type(block).__name__}) of {type(model).__name__}"
+    if inside := inside_of(event, names):
+        calls = ", ".join(f"{topk.top_k} of {topk.columns} (ids of shape {tuple(topk.ids.shape)})" for topk in inside)
+        ids = ", ".join(str(tuple(ids.shape)) for ids in event.ids_args) or "none"
+        raise UnsupportedRouterError(
+            f"{where} has no `torch.topk` that selects all experts of each token: for {PROBE_BATCH * PROBE_TOKENS} "
+            f"tokens its top-k calls select {calls}, and its experts are given ids of shape {ids}. Replay can only "
+            "replace one top-k that decides which experts each token goes to."
+        )
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in block.named_children())
     raise UnsupportedRouterError(
-        f"{event.block} ({type(block).__name__}) of {type(model).__name__} reaches its experts without a `torch.topk`"
-        f"{_kernel_hint(model)}: its children are {children}. Replay can only replace a top-k selection."
+        f"{where} reaches its experts without a `torch.topk`{_kernel_hint(model)}: its children are {children}. "
+        "Replay can only replace a top-k selection."
     )
 
 
-def _selecting(event: Event, names: dict) -> TopK | None:
-    """The last top-k that the block itself made before its experts ran; attention may make some, too."""
-    inside = [topk for topk in event.selections if (names[topk.module] + ".").startswith(event.block + ".")]
-    matching = [topk for topk in inside if any(same_ids(ids, topk.ids) for ids in event.ids_args)]
-    return next(reversed(matching or inside), None)
+def _refuse_what_is_beside(model: nn.Module, experts: dict, watched: WatchedForward) -> None:
+    """Refuse a model of which a part only would be replayed: other experts ran, which nothing is known of."""
+    seen = {event.block for event in watched.events}
+    beside = [block for block in experts.values() if block not in seen]
+    ran = [block for block in beside if model.get_submodule(block) in watched.entered]
+    if ran:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} has {len(seen)} mixtures whose `experts` module is called, beside {len(ran)} "
+            f"({ran[0]}) that run without a call of theirs, so these would route live. Replay needs routers that hand "
+            "their selection to an `experts` module in all of them."
+        )
 
 
 def _router_of(event: Event, names: dict, watched: WatchedForward) -> Router:
-    topk = _selecting(event, names)
+    topk = selecting(event, names)
     assert topk is not None  # _is_static has raised otherwise
     name, outputs = names[topk.module], watched.outputs[topk.module]
     fired = len(outputs)

@@ -17,7 +17,7 @@ from .._compat import execution_device, fetches_weights, forget_forwards, shard_
 from .self_check import UnsupportedRouterError, evaluating
 from .top_k import TopKWatch
 
-_PROBE_BATCH, _PROBE_TOKENS = 2, 8
+PROBE_BATCH, PROBE_TOKENS = 2, 9  # together no number of experts that models have
 
 
 @dataclass
@@ -30,6 +30,11 @@ class TopK:
     top_k: int
     ids: Tensor
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it selected for each token of the forward."""
+        return self.ids.shape[-1] == self.top_k and self.ids.numel() == PROBE_BATCH * PROBE_TOKENS * self.top_k
+
 
 @dataclass
 class Event:
@@ -37,7 +42,7 @@ class Event:
 
     block: str
     selections: list[TopK]
-    ids_args: list[Tensor]  # integer arguments of the experts
+    ids_args: list[Tensor] = field(default_factory=list)  # integer arguments of the experts
 
 
 @dataclass
@@ -47,6 +52,7 @@ class WatchedForward:
     topks: list[TopK] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     outputs: dict[nn.Module, list[Any]] = field(default_factory=dict)  # of the modules that made a top-k
+    entered: set[nn.Module] = field(default_factory=set)
 
 
 def probe(
@@ -59,11 +65,15 @@ def probe(
     def enter(module: nn.Module, args: tuple) -> None:
         nonlocal seen
         if module in experts:
-            ids_args = [arg.detach().clone() for arg in args if torch.is_tensor(arg) and not arg.is_floating_point()]
-            watched.events.append(Event(experts[module], watched.topks[seen:], ids_args))
+            watched.events.append(Event(experts[module], watched.topks[seen:]))
             seen = len(watched.topks)
+        watched.entered.add(module)
         stack.append(module)
         counts.append(0)
+
+    def given(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tensors = filter(torch.is_tensor, (*args, *kwargs.values()))
+        watched.events[-1].ids_args += [each.detach().clone() for each in tensors if not each.is_floating_point()]
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         stack.pop()
@@ -79,6 +89,7 @@ def probe(
 
     # hooks of the models own classes run too; ours only watch
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    handles += [module.register_forward_pre_hook(given, with_kwargs=True) for module in experts]
     try:
         with evaluating(model), TopKWatch(on_topk):
             run_probe(model, embed)
@@ -100,8 +111,8 @@ def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None)
             "Attach after they are loaded; where they are sharded, after `accelerator.prepare`."
         )
     vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-    ids = (torch.arange(_PROBE_BATCH * _PROBE_TOKENS, device=device) * 7 + 3) % vocab
-    ids = ids.reshape(_PROBE_BATCH, _PROBE_TOKENS)
+    ids = (torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device) * 7 + 3) % vocab
+    ids = ids.reshape(PROBE_BATCH, PROBE_TOKENS)
     handle = None
     if embed is not None:
         handle = embedding.register_forward_hook(lambda module, args, output: embed(output))

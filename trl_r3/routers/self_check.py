@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,55 @@ def _fresh(args: tuple) -> tuple:
     return tuple(arg.clone() if torch.is_tensor(arg) else arg for arg in args)
 
 
-def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+def check_masks(router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """
+    Refuse weights that are taken from scores of which groups were masked out in a way that nobody can undo: a recorded
+    expert outside the live groups would get the weight 0, or no number at all, and its router no gradient.
+
+    Args:
+        router, forward, args, kwargs:
+            As in [`check_router`].
+
+    Raises:
+        [`UnsupportedRouterError`]: Naming the router.
+    """
+    masked = False
+
+    def run(factors: Tensor | None) -> Any:
+        calls = 0
+
+        def on_topk(call: TopKCall, args: tuple, kwargs: dict) -> Any:
+            nonlocal calls, masked
+            index, calls = calls, calls + 1
+            top = torch.topk(*args, **kwargs)
+            if index != router.call_index:
+                return top
+            masked = _are_masked(watch.unmasked(call.scores))
+            return top if factors is None else torch.return_types.topk((top[0] * factors.to(top[0]), top[1]))
+
+        with TopKWatch(on_topk) as watch:
+            return forward(*_fresh(args), **kwargs)
+
+    output = run(None)
+    # another factor for each slot, so that dividing by the sum does not hide it
+    if masked and not _equal_outputs(output, run(torch.arange(2.0, router.top_k + 2))):
+        raise refusal(
+            router,
+            "it takes weights from scores in which it masked groups out by something other than `masked_fill`, so a "
+            "recorded expert could get the weight 0. Mask with `scores.masked_fill(...)`, or gather the weights from "
+            "the scores before the mask",
+        )
+
+
+def _are_masked(scores: Tensor) -> bool:
+    """Whether each row has the same number of columns that are exactly its lowest, and not the same columns in all."""
+    lowest = scores == scores.amin(-1, keepdim=True)
+    count = lowest.sum(-1)
+    same = (lowest == lowest.flatten(0, -2)[0]).all()
+    return bool((count == count.flatten()[0]).all() and (count > 1).all() and not same)
+
+
+def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Router:
     """
     Check on real inputs that replaying its own selection leaves a router's output as it is, bit for bit, and that a
     foreign selection of every expert is executed as given.
@@ -74,6 +123,9 @@ def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[st
             Its own forward, in a call of it: elsewhere its weights may be shards, or nothing.
         args, kwargs:
             Arguments of that call.
+
+    Returns:
+        [`Router`]: The router, whose `ids_output` is `None` if it names another expert in place of one that it skips.
 
     Raises:
         [`UnsupportedRouterError`]: Naming the router and what was seen.
@@ -87,6 +139,8 @@ def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[st
         if live_NK is None or not torch.equal(live_NK, own_NK):
             raise refusal(router, "its live selection depends on the replayed one")
         if router.ids_output is not None and not same_ids(output[router.ids_output], foreign_NK):
+            if skips_one(output[router.ids_output], foreign_NK):  # which the tokens of the probe had no use for
+                return check_router(replace(router, ids_output=None), forward, args, kwargs)
             executed_NK = output[router.ids_output].reshape(foreign_NK.shape)
             position = tuple((executed_NK != foreign_NK).nonzero()[0])
             raise refusal(
@@ -94,6 +148,7 @@ def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[st
             )
         if router.ids_output is None and _equal_outputs(output, replayed):
             raise refusal(router, "its output does not depend on the replayed selection")
+    return router
 
 
 def _foreign_selections(own_NK: Tensor, num_experts: int) -> Iterator[Tensor]:
@@ -129,3 +184,12 @@ def same_ids(ids: Any, selected: Tensor) -> bool:
         and ids.shape[-1:] == selected.shape[-1:]
         and bool((ids.reshape(selected.shape) == selected).all())
     )
+
+
+def skips_one(ids: Any, selected: Tensor) -> bool:
+    """Whether `ids` are these selected ids but for one, in whose place another is named: that one is no expert."""
+    if not torch.is_tensor(ids) or ids.is_floating_point() or ids.numel() != selected.numel():
+        return False
+    ids = ids.reshape(selected.shape)
+    other = ids != selected
+    return selected[other].unique().numel() == 1 and ids[other].unique().numel() == 1
