@@ -1,20 +1,24 @@
 """The gating op in the place of a router's own code: the same ids, weights and gradients, or it stays away."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from model_zoo import MOE_MODEL_TYPES, build_tiny
-from oracles import bend_gate
+from oracles import bend_gate, foreign_record
 from routers.blocks import batch
 from supported_models import listed_types
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
-from trl_r3.routers.gated import GatedRouter, GateFormula
+from trl_r3.routers.gate_formula import GateFormula
+from trl_r3.routers.gated import GatedRouter
 
 # The op has no argument for these gates: weights scaled per expert, a bias or state that the block passes in, sink
 # experts, a scatter, a gate inside the block, or no top-k at all. Or their weight is that of a module inside them.
 NOT_COVERED = {
     "afmoe", "dbrx", "doge", "ernie4_5_moe", "gemma4", "gemma4_text", "hunyuan_v1_moe", "hy_v3",
-    "inkling_text", "jetmoe", "kolibri1", "laguna", "lfm2_moe", "llama4", "llama4_text", "longcat_flash", "minimax_m2",
+    "inkling_text", "jetmoe", "kolibri1", "lfm2_moe", "llama4", "llama4_text", "longcat_flash", "minimax_m2",
     "phimoe", "zaya",
 }  # fmt: skip
 COVERED = [model_type for model_type in MOE_MODEL_TYPES if model_type not in NOT_COVERED]
@@ -93,6 +97,44 @@ def test_a_bias_that_moves_is_followed():
         model(batch())
     replay.remove()
     assert int(before.changed_routers) == 0 and int(after.changed_routers) > 0
+
+
+def keep(gates, module, args, output):
+    gates.append(output)
+
+
+AUTOCAST = torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "flint"])
+@pytest.mark.parametrize(
+    ("attached", "used", "around"),
+    [
+        (torch.float32, torch.float32, AUTOCAST),
+        (torch.float32, torch.bfloat16, nullcontext()),
+        (torch.bfloat16, torch.float32, nullcontext()),
+        (torch.bfloat16, torch.bfloat16, AUTOCAST),
+    ],
+)
+def test_in_other_dtypes_than_while_attaching_it_is_the_routers_own_gate(model_type, attached, used, around):
+    """A loop enters autocast around its forward, not around attaching; routers compute in float32 all the same."""
+    results = []
+    for gating in ("intercept", "op"):
+        model = build_tiny(model_type, dtype=attached)
+        replay = RouterReplay(model, gating=gating)
+        model.to(used)
+        record = foreign_record(replay, *batch().shape)
+        record[:, ::3] = -1
+        gates: list[tuple] = []
+        for router in replay.routers:
+            router.module.register_forward_hook(partial(keep, gates))
+        with around, replay.replay(record) as stats:
+            logits = model(batch(), use_cache=False).logits
+        logits.float().log_softmax(-1)[..., 0].sum().backward()
+        grads = [router.module.weight.grad for router in replay.routers]
+        results.append([*(tensor for gate in gates for tensor in gate), logits, *grads, stats.changed_routers])
+    for own, op in zip(*results, strict=True):
+        assert own.dtype == op.dtype and torch.equal(own, op)
 
 
 @pytest.mark.parametrize(("name", "value"), [("norm_topk_prob", False), ("top_k", 3)])

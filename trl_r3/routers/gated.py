@@ -5,9 +5,9 @@ Legend: N tokens of a forward (B * T), E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,66 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import drops_out
-from ..gating import GatingOutput, masked_topk_gating
 from ..gating.reference import expert_scores
+from .gate_formula import GateFormula, candidates, selection_biases
 from .router import Routed, Router
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@dataclass(frozen=True)
-class GateFormula:
-    """
-    Arguments of [`masked_topk_gating`] that reproduce a router's gate.
-
-    Args:
-        in_float32 (`bool`):
-            Whether the logits are a product in float32, of whatever the inputs and the weight are.
-        bias (`str`, *optional*):
-            Attribute of the router that holds the selection bias; it may be updated while the model trains.
-        score, renormalize, eps, scale, n_group, topk_group, group_score, weights_dtype:
-            As in [`masked_topk_gating`].
-    """
-
-    in_float32: bool
-    bias: str | None
-    score: str
-    renormalize: bool
-    eps: float
-    scale: float
-    n_group: int
-    topk_group: int
-    group_score: str
-    weights_dtype: torch.dtype
-
-    def logits(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        """(N, E) logits of a router's input, of shape (..., H)."""
-        weight: Any = module.weight
-        bias: Any = getattr(module, "bias", None)
-        hidden_NH = hidden.reshape(-1, hidden.shape[-1])
-        if self.in_float32:
-            hidden_NH, weight, bias = hidden_NH.float(), weight.float(), None if bias is None else bias.float()
-        return F.linear(hidden_NH, weight, bias)
-
-    def __call__(
-        self, module: nn.Module, logits_NE: Tensor, top_k: int, recorded_NK: Tensor | None, compare: bool = False
-    ) -> GatingOutput:
-        """Weights, ids and status of `module`'s gate for these logits."""
-        return masked_topk_gating(
-            logits_NE,
-            top_k,
-            recorded_NK,
-            score=self.score,
-            renormalize=self.renormalize,
-            bias=None if self.bias is None else getattr(module, self.bias),
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            group_score=self.group_score,
-            eps=self.eps,
-            scale=self.scale,
-            weights_dtype=self.weights_dtype,
-            compare_live=compare,
-        )
 
 
 @dataclass
@@ -85,9 +30,13 @@ class GatedRouter(Router):
     Args:
         formula ([`GateFormula`]):
             Its gate.
+        numerics (`tuple`):
+            The dtypes of input, weight and autocast that the formula was found with. With others the router's own code
+            may compute otherwise, and its selection is intercepted.
     """
 
     formula: GateFormula = field(kw_only=True)
+    numerics: tuple[torch.dtype | None, ...] = field(kw_only=True)
     settings: dict[str, Any] = field(init=False)
 
     def __post_init__(self):
@@ -119,6 +68,8 @@ class GatedRouter(Router):
         compare: bool = True,
     ) -> Routed:
         """As in [`Router`], with `status_N`; the op sees by itself which rows are missing."""
+        if _numerics(self.module, args[0]) != self.numerics:
+            return super().replay(forward, args, kwargs, replayed_NK, missing_N1, compare)
         logits_NE = self.formula.logits(self.module, args[0])
         gate = self.formula(self.module, logits_NE, self.top_k, replayed_NK, compare)
         return Routed(
@@ -127,6 +78,8 @@ class GatedRouter(Router):
 
     def live_ids(self, routed: Routed, rows_M: Tensor) -> Tensor:
         """As in [`Router`]; the op has only told whether they differ."""
+        if routed.live_NK is not None:
+            return super().live_ids(routed, rows_M)
         logits_NE = routed.output[0]
         return self.formula(self.module, logits_NE.detach()[rows_M], self.top_k, None).expert_ids
 
@@ -142,6 +95,13 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     own = {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name[0] != "_"}
     own.pop("training", None)  # `train()` and `eval()` set it, and a gate that reads it is not covered
     return own
+
+
+def _numerics(module: nn.Module, hidden: Tensor) -> tuple[torch.dtype | None, ...]:
+    """In which dtypes a gate computes."""
+    on, weight = hidden.device.type, module.weight
+    cast = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else None
+    return hidden.dtype, weight.dtype, cast  # type: ignore[return-value, union-attr]
 
 
 def _log_scores(logits_NE: Tensor, score: str) -> Tensor:
@@ -187,11 +147,17 @@ def with_gating_op(
     in_float32 = _product(router, forward, args, logits_NE)
     if in_float32 is None:
         return None
+    biases = selection_biases(router, forward, args, kwargs, output)
+    if biases is None:
+        return None
     foreign_NK = (own_NK + 1) % router.num_experts
-    expected = _gradients(router, forward, args, kwargs, foreign_NK)
-    candidates = _candidates(router.module, router.num_experts, in_float32, weights_NK.dtype)
-    for formula in chain([likely] if likely else [], candidates):
-        gated = GatedRouter(**vars(router), formula=formula)
+    try:
+        expected = _gradients(router, forward, args, kwargs, foreign_NK)
+    except RuntimeError:  # a gate that is detached has none
+        return None
+    formulas = candidates(router.module, router.num_experts, biases, in_float32, weights_NK.dtype)
+    for formula in chain([likely] if likely and likely.bias in biases else [], formulas):
+        gated = GatedRouter(**vars(router), formula=formula, numerics=_numerics(router.module, args[0]))
         try:
             with torch.no_grad():
                 live = formula(router.module, logits_NE, router.top_k, None)
@@ -221,7 +187,7 @@ def _product(router: Router, forward: Callable, args: tuple, logits_NE: Tensor) 
     if not args or not torch.is_tensor(args[0]) or not torch.is_tensor(weight) or weight.ndim != 2:
         return None
     for in_float32 in (False, True):
-        formula = next(_candidates(module, router.num_experts, in_float32, logits_NE.dtype))
+        formula = next(candidates(module, router.num_experts, [None], in_float32, logits_NE.dtype))
         try:
             with torch.no_grad():
                 logits = formula.logits(module, args[0])
@@ -265,22 +231,3 @@ def _close_gradient(one: Tensor, other: Tensor) -> bool:
     one, other = one.double(), other.double()
     scale = float(other.abs().max()) if other.numel() else 0.0
     return bool(((one - other).abs() <= _TOLERANCE[torch.bfloat16] * 1e-1 * scale + 1e-12).all())
-
-
-def _candidates(module: nn.Module, num_experts: int, in_float32: bool, dtype: torch.dtype) -> Iterator[GateFormula]:
-    # a bias that is still zero would go unnoticed, so buffers come first
-    biases: list[str | None] = [
-        name for name, buffer in module.named_buffers(recurse=False) if buffer.shape == (num_experts,)
-    ]
-    biases.append(None)
-    scales = [1.0, *(value for value in vars(module).values() if isinstance(value, float) and value != 1.0)]
-    groups = [(1, 1, "top2_sum")]
-    counts = {value for value in vars(module).values() if type(value) is int and 1 < value < num_experts}
-    groups += [
-        (n_group, topk_group, score)
-        for n_group, topk_group, score in product(sorted(counts), sorted(counts | {1}), ("top2_sum", "max"))
-        if num_experts % n_group == 0 and topk_group <= n_group
-    ]
-    scores = (("softmax", 0.0), ("topk_softmax", 0.0), ("sigmoid", 1e-20), ("sigmoid", 1e-6), ("sqrtsoftplus", 1e-20))
-    for group, bias, (score, eps), renormalize, scale in product(groups, biases, scores, (True, False), scales):
-        yield GateFormula(in_float32, bias, score, renormalize, eps, scale, *group, weights_dtype=dtype)
