@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 from oracles import foreign_record, stacked
@@ -52,3 +53,27 @@ def test_stages_of_a_pipeline_are_refused_by_name(qwen):
     qwen.hf_split_points = ["model.layers.1", "model.layers.2"]  # what Accelerate's `prepare_pippy` leaves
     with pytest.raises(UnsupportedRouterError, match="split into 3 stages"):
         RouterReplay(qwen)
+
+
+def test_copies_on_several_devices_are_refused(qwen):
+    parallel = torch.nn.DataParallel(qwen)  # on a machine without a GPU it is the model itself
+    RouterReplay(parallel).remove()
+    parallel.device_ids = [0, 1]
+    with pytest.raises(UnsupportedRouterError, match="copies Qwen3MoeForCausalLM to 2 devices in each forward"):
+        RouterReplay(parallel)
+
+
+def test_what_a_library_put_back_after_removal_is_no_attachment(qwen, ids):
+    """Hooks of Accelerate keep the forward that was there when they came, and put it back when they go."""
+    live = qwen(ids).logits
+    replay = RouterReplay(qwen)
+    accelerate.cpu_offload(qwen, execution_device="cpu")
+    replay.remove()
+    accelerate.hooks.remove_hook_from_submodules(qwen)
+    assert torch.equal(qwen(ids).logits, live)
+    with RouterReplay(qwen) as again:
+        record = foreign_record(again, *ids.shape)
+        with executed_ids(qwen) as seen, torch.no_grad(), again.replay(record):
+            qwen(ids)
+    assert torch.equal(stacked(seen, 2), record)
+    assert torch.equal(qwen(ids).logits, live)

@@ -404,3 +404,26 @@ def test_a_loop_of_ones_own():
         loss_of(model, routed_experts=record).loss.backward()
     assert {len(ids) for calls in seen.values() for ids in calls} == {int(MASK.sum())}
     disable_routing_replay(model)
+
+
+@pytest.mark.parametrize("gating", ["intercept", "op"])
+def test_another_default_device(gating, padded):
+    """As `torch.set_default_device("cuda")` in a notebook: what is made on the host stays there."""
+    ids, mask = padded
+    model = build_tiny("qwen3_moe", norm_topk_prob=True)
+    row, positions = ids.reshape(1, -1), torch.arange(ids.shape[1]).repeat(len(ids))[None]
+    records, outputs = None, []
+    for device in ("cpu", "meta"):
+        torch.set_default_device(device)
+        try:
+            with RouterReplay(model, gating, padding="auto") as replay:
+                if records is None:
+                    records = [foreign_record(replay, *size.shape) for size in (ids, row)]
+                with torch.no_grad(), replay.replay(records[0]):
+                    outputs.append(model(input_ids=ids, attention_mask=mask).logits)
+                with torch.no_grad(), replay.replay(records[1]):
+                    outputs.append(model(input_ids=row, position_ids=positions).logits)
+                assert str(replay.padding) == "skipped"
+        finally:
+            torch.set_default_device(None)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])

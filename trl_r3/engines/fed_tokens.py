@@ -46,7 +46,7 @@ class FedTokens:
         if done_B.device.type != "cuda":
             self._known_B = self._ended_B.cpu()
             return
-        there_B = torch.empty(done_B.shape, dtype=torch.bool, pin_memory=True)
+        there_B = torch.empty(done_B.shape, dtype=torch.bool, device="cpu", pin_memory=True)
         there_B.copy_(self._ended_B, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

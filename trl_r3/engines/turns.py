@@ -133,7 +133,7 @@ class _Stitched:
         self.ids = [*prompt, *completion]
         self.bytes = token_bytes(self.ids)
         self.num_rows = max(len(self.ids) - 1, 0)
-        self.logprobs = torch.full((len(self.ids),), float("nan"))
+        self.logprobs = torch.full((len(self.ids),), float("nan"), device="cpu")
         self.filled = 0  # rows
         self.fed: int | None = None  # tokens up to the end of its longest turn
         self._pieces: list[Tensor] = []
@@ -183,11 +183,11 @@ class _Stitched:
     def record(self) -> Tensor:
         """(T - 1, L, K); a sample of one turn is not copied."""
         if self.layout is None:
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         if self.filled == self.num_rows and len(self._pieces) == 1:
             return self._pieces[0]
         size = (self.num_rows - self.filled, len(self.layout.moe_layers), self.layout.top_k)
-        rest = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype)
+        rest = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype, device="cpu")
         return torch.cat([*self._pieces, rest])
 
     @property

@@ -58,7 +58,7 @@ class PackedRow:
     def fresh(self) -> Tensor:
         """(N,) of `bool`: tokens whose rows, and those before them, were recorded at the weights of the forward."""
         if self.version is None:
-            return torch.zeros(len(self.tokens), dtype=torch.bool)
+            return torch.zeros(len(self.tokens), dtype=torch.bool, device="cpu")
         return self.recorded & (self.tree.versions == self.version)
 
     def take(self, batch_size: int, num_tokens: int, tokens: Tensor | None = None) -> Tensor:
@@ -99,5 +99,5 @@ class PackedRow:
         fresh, follows = self.fresh, self.depths[1:] == self.depths[:-1] + 1
         inner = (fresh[:-2] & fresh[1:-1] & fresh[2:] & follows[:-1] & follows[1:]).nonzero()[:, 0] + 1
         if len(inner) > _OBSERVED:
-            inner = inner[torch.linspace(0, len(inner) - 1, _OBSERVED).round().long()]
+            inner = inner[torch.linspace(0, len(inner) - 1, _OBSERVED, device="cpu").round().long()]
         return inner if len(inner) else None

@@ -86,7 +86,7 @@ class TreeRecord:
                 Layers and experts of the model.
         """
         size = (num_tokens, len(layout.moe_layers), layout.top_k)
-        rows = torch.full(size, layout.missing, dtype=layout.storage_dtype)
+        rows = torch.full(size, layout.missing, dtype=layout.storage_dtype, device="cpu")
         ids, owners, versions = rows.numpy(), np.full(num_tokens, -1), np.full(num_tokens, NO_VERSION)
         matters, live = np.zeros(num_tokens, bool), np.zeros(num_tokens, bool)
         shared = conflicts = 0

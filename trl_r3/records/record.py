@@ -270,7 +270,8 @@ def align(
     Raises:
         `ValueError`: If a prompt or a record does not fit into the given widths.
     """
-    batch = torch.empty((len(records), width, len(layout.moe_layers), layout.top_k), dtype=layout.storage_dtype)
+    size = (len(records), width, len(layout.moe_layers), layout.top_k)
+    batch = torch.empty(size, dtype=layout.storage_dtype, device="cpu")
     lay_out(records, prompt_lengths, prompt_width, batch, layout.missing)
     return batch
 

@@ -50,7 +50,7 @@ class Observation:
 
     def of(self, numbers: Iterable[int]) -> Observation:
         """The rows of some samples, told by their numbers."""
-        rows = torch.isin(self.sample, torch.tensor(list(numbers)))
+        rows = torch.isin(self.sample, torch.tensor(list(numbers), device="cpu"))
         parts = (self.sample, self.live, self.recorded, self.before, self.after)
         return Observation(*(part[rows] for part in parts))
 
@@ -117,7 +117,7 @@ class Sample:
         count = max(_OBSERVED_ROWS, -(-_OBSERVED_PAIRS // len(layout.moe_layers)))
         if len(inner) <= count:
             return inner
-        return inner[torch.linspace(0, len(inner) - 1, count).round().long()]
+        return inner[torch.linspace(0, len(inner) - 1, count, device="cpu").round().long()]
 
 
 def token_bytes(ids: Sequence[int]) -> bytes:
@@ -181,7 +181,7 @@ def check_tokens(
     Raises:
         [`MisalignedRecordError`]: Naming the first sample and position, and both tokens.
     """
-    expected = torch.empty(tuple(input_ids.shape), dtype=torch.int64)
+    expected = torch.empty(tuple(input_ids.shape), dtype=torch.int64, device="cpu")
     prompts, width = [sample.prompt_length for sample in samples], input_ids.shape[1]
     there = [s.tokens[: max(width - prompt_width + s.prompt_length, 0)] for s in samples]
     lay_out(there, prompts, prompt_width, expected, fill=-1)

@@ -60,7 +60,8 @@ class WholeBatch:
         Raises:
             `ValueError`: Naming sample, layer and both numbers.
         """
-        routed_experts = torch.as_tensor(routed_experts)
+        if not torch.is_tensor(routed_experts):
+            routed_experts = torch.as_tensor(routed_experts, device="cpu")
         if routed_experts.ndim != 4:
             raise ValueError(
                 f"`routed_experts` has {routed_experts.ndim} dimensions, shape {tuple(routed_experts.shape)}, "

@@ -48,15 +48,15 @@ def sequence_lengths(position_ids: Any, batch_size: int, num_tokens: int) -> lis
     starts = (positions_N == 0).nonzero()[:, 0]
     if not len(starts) or starts[0] != 0:
         return None
-    lengths = torch.diff(starts, append=torch.tensor([num_tokens])).tolist()
-    counted = torch.cat([torch.arange(length) for length in lengths])
+    lengths = torch.diff(starts, append=torch.tensor([num_tokens], device="cpu")).tolist()
+    counted = torch.cat([torch.arange(length, device="cpu") for length in lengths])
     return lengths if torch.equal(counted, positions_N.long()) else None
 
 
 def join_records(samples: Sequence[Sample], lengths: Sequence[int], layout: RoutingLayout) -> Tensor:
     """(1, N, L, K) packed ids of sequences in one row; the last token of a sample has no row and is missing."""
     size = (sum(lengths), len(layout.moe_layers), layout.top_k)
-    joined = torch.full(size, layout.missing, dtype=layout.storage_dtype)
+    joined = torch.full(size, layout.missing, dtype=layout.storage_dtype, device="cpu")
     for sample, length, first in zip(samples, lengths, first_rows(lengths), strict=True):
         rows = sample.record[:length]
         joined[first : first + len(rows)] = rows

@@ -38,7 +38,8 @@ def attachable(model: nn.Module) -> nn.Module:
             f"{type(unwrapped).__name__} has no `get_input_embeddings`, so it is no Transformers model. Pass the "
             "causal LM that holds it, or that it holds."
         )
-    if any(isinstance(module.__dict__.get("forward"), Patch) for module in unwrapped.modules()):
+    forwards = (module.__dict__.get("forward") for module in unwrapped.modules())
+    if any(isinstance(forward, Patch) and not forward.removed for forward in forwards):
         raise ValueError(
             "the model already has routing replay attached. Use the handle that exists, or call "
             "`disable_routing_replay(model)` (`remove()` of the handle) first."
@@ -47,6 +48,11 @@ def attachable(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(unwrapped).__name__} is compiled: `torch.compile` would run past the replay. Attach to a model "
             "that is not; its layers may be, one by one (`layer.compile()`)."
+        )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise UnsupportedRouterError(
+            f"`nn.DataParallel` copies {type(unwrapped).__name__} to {len(model.device_ids)} devices in each forward, "
+            "and copies have no record. Start one process a device (`accelerate launch`, `torchrun`)."
         )
     if pipeline_size(unwrapped) > 1:
         raise UnsupportedRouterError(

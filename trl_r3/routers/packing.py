@@ -60,8 +60,8 @@ class PackedBatch:
         """Where rows of the padded batch are among the real ones, on the host as they are."""
         if rows_M is None:
             return None
-        place = torch.zeros(self.rows.count, dtype=torch.int64)
-        place[self.rows.rows_N] = torch.arange(len(self.rows.rows_N))
+        place = torch.zeros(self.rows.count, dtype=torch.int64, device="cpu")
+        place[self.rows.rows_N] = torch.arange(len(self.rows.rows_N), device="cpu")
         return place[rows_M.cpu()]
 
     def forward(self, forward: Callable, kwargs: dict[str, Any]) -> Any:

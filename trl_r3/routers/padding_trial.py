@@ -50,7 +50,8 @@ class PaddingTrial:
         vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         self._ids_BT = (torch.arange(self._mask_BT.numel(), device=device).view_as(self._mask_BT) * 7 + 3) % vocab
         generator = torch.Generator().manual_seed(0)  # the global one belongs to the user
-        scores = torch.rand(*self._mask_BT.shape, len(layout.moe_layers), layout.num_experts, generator=generator)
+        size = (*self._mask_BT.shape, len(layout.moe_layers), layout.num_experts)
+        scores = torch.rand(size, generator=generator, device="cpu")
         self._record_BTLK = scores.argsort(-1)[..., : layout.top_k]
         self._expected: Values = {}
         self._tolerance = 0.0

@@ -55,6 +55,11 @@ class Patch:
     def __reduce__(self) -> tuple[Callable, tuple]:
         return (getattr, (self.module, self.name)) if self.own is None else (_same, (self.own,))
 
+    @property
+    def removed(self) -> bool:
+        """Whether it only passes on, wherever it was left."""
+        return self.around is _pass_on
+
     def remove(self) -> None:
         """Put back what was there. If somebody wrapped us meanwhile, we stay inside their wrapper and only pass on."""
         self.around, self.context = _pass_on, ()

@@ -94,7 +94,7 @@ def check_masks(router: Router, forward: Callable, args: tuple, kwargs: dict[str
 
     output = run(None)
     # another factor for each slot, so that dividing by the sum does not hide it
-    if masked and not _equal_outputs(output, run(torch.arange(2.0, router.top_k + 2))):
+    if masked and not _equal_outputs(output, run(torch.arange(2.0, router.top_k + 2, device="cpu"))):
         raise refusal(
             router,
             "it takes weights from scores in which it masked groups out by something other than `masked_fill`, so a "
