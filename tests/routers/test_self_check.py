@@ -118,3 +118,12 @@ def test_an_expert_that_is_skipped_may_have_no_token_while_attaching(ids):
         router.balancing_biases[-1] = -2.0
     with torch.no_grad(), replay.replay(recorded.routed_experts):
         assert torch.equal(model(ids).logits, live)
+
+
+def test_scores_that_underflow_are_not_masked():
+    """Large logits leave a few experts a probability; the others have exactly 0."""
+
+    def saturated(scores, size):
+        return torch.topk((scores.log() * 300).softmax(-1), K, dim=-1)
+
+    RouterReplay(with_mixtures(saturated)).remove()

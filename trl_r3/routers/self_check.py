@@ -104,11 +104,14 @@ def check_masks(router: Router, forward: Callable, args: tuple, kwargs: dict[str
 
 
 def _are_masked(scores: Tensor) -> bool:
-    """Whether each row has the same number of columns that are exactly its lowest, and not the same columns in all."""
-    lowest = scores == scores.amin(-1, keepdim=True)
-    count = lowest.sum(-1)
-    same = (lowest == lowest.flatten(0, -2)[0]).all()
-    return bool((count == count.flatten()[0]).all() and (count > 1).all() and not same)
+    """Whether all scores of some groups are exactly the lowest of their row, of other groups in other rows."""
+    lowest = (scores == scores.amin(-1, keepdim=True)).flatten(0, -2)
+    if bool((lowest == lowest[0]).all()):
+        return False
+    num_experts = lowest.shape[-1]
+    sizes = [size for size in range(2, num_experts // 2 + 1) if num_experts % size == 0]
+    groups = [lowest.unflatten(-1, (-1, size)) for size in sizes]
+    return any(bool((group.all(-1) == group.any(-1)).all()) for group in groups)
 
 
 def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Router:
