@@ -310,3 +310,25 @@ def test_a_gate_that_selects_fewer_experts_than_it_did_is_refused(gating):
             text = f"selects {before - 1} of .* but selected {before} of"
             with pytest.raises(RuntimeError, match=text), replay.record(), grad():
                 model(ids)
+
+
+@pytest.mark.parametrize("way", ["replay", "record"])
+def test_a_router_of_the_text_alone_is_told(way, ids):
+    """ERNIE routes tokens of images by other routers, beside those of text."""
+    model = build_tiny("ernie4_5_vl_moe")
+    replay = RouterReplay(model)
+    kinds = torch.zeros_like(ids)
+    kinds[:, 3:5] = 1
+    embeds = model.get_input_embeddings()(ids)
+    inside = replay.record() if way == "record" else replay.replay(foreign_record(replay, *ids.shape))
+    what = "routes 20 tokens in a forward over 24, .* text alone"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=what), inside:
+        replay.stack(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), moe_mm_token_type_ids=kinds)
+
+
+def test_a_router_of_some_tokens_is_told_by_the_op(qwen, ids):
+    replay = RouterReplay(qwen, gating="op")
+    replay.routers[0].module.register_forward_pre_hook(lambda module, args: (args[0][:-2],))
+    inside = replay.replay(foreign_record(replay, *ids.shape))
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.gate routes 22 tokens in a forward over 24"), inside:
+        qwen(ids)

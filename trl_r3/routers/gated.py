@@ -71,6 +71,7 @@ class GatedRouter(Router):
         if _numerics(self.module, args[0]) != self.numerics:
             return super().replay(forward, args, kwargs, replayed_NK, missing_N1, compare)
         logits_NE = self.formula.logits(self.module, args[0])
+        self.check_tokens(logits_NE.shape[0], replayed_NK.shape[0])
         gate = self.formula(self.module, logits_NE, self.top_k, replayed_NK, compare)
         return Routed(
             (logits_NE, gate.weights, gate.expert_ids), None, gate.status if compare else None, gate.expert_ids

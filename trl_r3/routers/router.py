@@ -143,6 +143,15 @@ class Router:
         assert routed.live_NK is not None  # it compared
         return routed.live_NK[rows_M]
 
+    def check_tokens(self, routed: int, tokens: int) -> None:
+        """Refuse to route other tokens than those of the forward, each of which has one row of a record."""
+        if routed != tokens:
+            raise RuntimeError(
+                f"{self.name} routes {routed} tokens in a forward over {tokens}, and a record has one row for each of "
+                "these. Where tokens of images or audio have routers of their own, use batches of text alone, or set "
+                "`use_routing_replay=False`."
+            )
+
     def refuse(self, num_experts: int, top_k: int) -> NoReturn:
         """What raises if it selects otherwise than when it was found."""
         raise RuntimeError(
@@ -205,11 +214,8 @@ class _Selection(TopKWatch):
 
     def _selected(self, args: tuple, kwargs: dict, shape: tuple[int, ...]) -> Tensor:
         replayed_NK, missing_N1 = self.replayed_NK, self.missing_N1
-        if replayed_NK is not None and replayed_NK.shape[0] != (tokens := math.prod(shape[:-1])):
-            raise RuntimeError(
-                f"{self.router.name} routes {tokens} tokens, but the record has {replayed_NK.shape[0]} rows. Pass a "
-                "record with one row a token of the batch."
-            )
+        if replayed_NK is not None:
+            self.router.check_tokens(math.prod(shape[:-1]), replayed_NK.shape[0])
         if replayed_NK is not None and missing_N1 is None and not self.compare:
             return replayed_NK.long().view(shape)
         with torch.no_grad():  # of the live selection, only the ids

@@ -217,8 +217,7 @@ class RouterReplay:
             raise RuntimeError(f"`{wanted}()` inside `{busy}()`: a forward either records or replays. Nest nothing.")
 
     def _route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        pass_ = self._active.current
-        if pass_ is not None:
+        if (pass_ := self._active.current) is not None:
             return pass_.route(index, forward, args, kwargs)
         if self._recomputes and in_backward():
             raise RuntimeError(f"{self.routers[index].name} {_LOST}.")
@@ -265,7 +264,8 @@ class RouterReplay:
             pass_.real = self.padding.of_experts(recorded.real(main.shape[:2], kwargs.get("attention_mask")))
         output = self._run(pass_, forward, args, kwargs)
         positions = unpadded_positions(kwargs, main.shape[1]) if main.shape[0] == 1 else None
-        recorded.add(pass_.close().unflatten(0, main.shape[:2]), tokens, positions)
+        self.routers[0].check_tokens(len(selected_NLK := pass_.close()), main.shape[:2].numel())
+        recorded.add(selected_NLK.unflatten(0, main.shape[:2]), tokens, positions)
         return output
 
     def _replay_stack(
