@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import as_sets, foreign_record, stacked
-from routers.own_mixtures import E, K, live_groups, plain, with_mixtures
+from routers.own_mixtures import E, K, Mixture, live_groups, plain, with_mixtures
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
 from trl_r3.cli.experts import executed_ids
@@ -79,3 +79,17 @@ def test_what_one_top_k_decides_is_replayed(select, ids):
         model(ids)
     expected = record.where(record != E - 1, 0) if select is some_skip else record
     assert torch.equal(as_sets(stacked(seen, len(ids))), as_sets(expected))
+
+
+class TokenByToken(Mixture):
+    def forward(self, hidden_BTH):
+        return super().forward(hidden_BTH.transpose(0, 1)).transpose(0, 1)
+
+
+def test_rows_of_another_order_are_refused(qwen):
+    """Shapes are the same, and half of the tokens would get the experts of another one."""
+    for layer in qwen.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp = TokenByToken(plain, layer.mlp.experts, qwen.config.hidden_size)
+    with pytest.raises(UnsupportedRouterError, match=r"layers\.1\.mlp .* go through the batch token by token"):
+        RouterReplay(qwen)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._compat import uses_kernels
 from ..gating import native_kernels
@@ -19,7 +19,7 @@ from .gated import GatedRouter, GateFormula, with_gating_op
 from .patches import Patch
 from .probe import PROBE_BATCH, PROBE_TOKENS, Event, WatchedForward, noise_like, probe, run_probe
 from .router import Router
-from .selecting import inside_of, selecting
+from .selecting import check_order, inside_of, selecting
 from .self_check import (
     UnsupportedRouterError,
     check_masks,
@@ -62,7 +62,8 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
 
     The model scores a few tokens twice, in evaluation mode. The first forward is watched: a router is the module that
     makes the last top-k call before the experts of its block run; its place is the decoder-layer index in its module
-    path. The second one checks each router inside its own call, where sharded weights are gathered.
+    path. The second one, whose second sequence is another, checks each router inside its own call, where sharded
+    weights are gathered.
 
     Args:
         model (`torch.nn.Module`):
@@ -84,17 +85,18 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
     if not watched.events:
         _refuse_without_events(model, names, experts, watched)
     path, stack = _decoder_stack(model, [event.block for event in watched.events])
-    routers = [
+    found = [
         _router_of(event, names, watched) for event in watched.events if not _is_static(event, model, names, experts)
     ]
     _refuse_what_is_beside(model, experts, watched)
-    routers.sort(key=lambda router: router.layer)
-    _check_uniform(model, routers)
-    return FoundRouters(_checked(model, routers, gating), model.get_submodule(path), len(stack))  # type: ignore[arg-type]
+    found.sort(key=lambda pair: pair[0].layer)
+    _check_uniform(model, [router for router, _ in found])
+    return FoundRouters(_checked(model, found, gating), model.get_submodule(path), len(stack))  # type: ignore[arg-type]
 
 
-def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Router]:
-    """Run a second forward in which each router is checked, and given its op."""
+def _checked(model: nn.Module, found: list[tuple[Router, Tensor]], gating: str) -> list[Router]:
+    """Run a second forward in which each router is checked, and given its op; with what it selected in the first."""
+    routers = [router for router, _ in found]
     checked: dict[int, Router] = {}
     errors: list[Exception] = []
 
@@ -103,6 +105,7 @@ def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Route
             router = replace(routers[index], rebound=rebound_forward(routers[index], forward, args, kwargs))
             router = check_router(router, forward, args, kwargs)
             check_masks(router, forward, args, kwargs)
+            check_order(router, found[index][1], forward, args, kwargs)
             previous = checked.get(index - 1)
             likely = previous.formula if isinstance(previous, GatedRouter) else None
             checked[index] = _gated(router, gating, likely, forward, args, kwargs)
@@ -114,7 +117,7 @@ def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Route
     patches = [Patch(router.module, check, index) for index, router in enumerate(routers)]
     try:
         with evaluating(model):
-            run_probe(model)
+            run_probe(model, another_second=True)
     finally:
         for patch in patches:
             patch.remove()
@@ -122,7 +125,7 @@ def _checked(model: nn.Module, routers: list[Router], gating: str) -> list[Route
         raise errors[0]
     for index, router in enumerate(routers):
         if index not in checked:
-            raise refusal(router, "a second forward of the same tokens did not run it")
+            raise refusal(router, "a second forward did not run it")
     return [checked[index] for index in range(len(routers))]
 
 
@@ -222,7 +225,8 @@ def _refuse_what_is_beside(model: nn.Module, experts: dict, watched: WatchedForw
         )
 
 
-def _router_of(event: Event, names: dict, watched: WatchedForward) -> Router:
+def _router_of(event: Event, names: dict, watched: WatchedForward) -> tuple[Router, Tensor]:
+    """The router of a block, and the (N, K) ids that it selected."""
     topk = selecting(event, names)
     assert topk is not None  # _is_static has raised otherwise
     name, outputs = names[topk.module], watched.outputs[topk.module]
@@ -235,7 +239,8 @@ def _router_of(event: Event, names: dict, watched: WatchedForward) -> Router:
     output = outputs[0] if isinstance(outputs[0], tuple) else ()
     ids_output = next((i for i, value in enumerate(output) if same_ids(value, topk.ids)), None)
     layer = _layer_path(name)
-    return Router(name, topk.module, layer[1], topk.columns, topk.top_k, topk.call_index, ids_output)
+    router = Router(name, topk.module, layer[1], topk.columns, topk.top_k, topk.call_index, ids_output)
+    return router, topk.ids.reshape(-1, topk.top_k)
 
 
 def _layer_path(name: str) -> tuple[str, int]:

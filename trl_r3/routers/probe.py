@@ -99,8 +99,8 @@ def probe(
     return watched
 
 
-def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Score a few tokens."""
+def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None, another_second: bool = False) -> None:
+    """Score a few tokens, with `another_second` of two sequences."""
     embedding = embedding_of(model)
     device = input_device(model)
     if device is None:
@@ -113,6 +113,8 @@ def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None)
     vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     ids = (torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device) * 7 + 3) % vocab
     ids = ids.reshape(PROBE_BATCH, PROBE_TOKENS)
+    if another_second:
+        ids[1] = (ids[1] + 1) % vocab
     handle = None
     if embed is not None:
         handle = embedding.register_forward_hook(lambda module, args, output: embed(output))

@@ -5,11 +5,15 @@ Legend: N tokens of the probe, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .probe import PROBE_BATCH, PROBE_TOKENS, Event, TopK
-from .self_check import same_ids, skips_one
+from .router import Router
+from .self_check import fresh, refusal, same_ids, skips_one
 
 
 def inside_of(event: Event, names: dict) -> list[TopK]:
@@ -41,3 +45,31 @@ def _may_be_experts(ids: Tensor, inside: list[TopK]) -> bool:
     if ids.dtype == torch.bool or ids.ndim < 2 or ids.shape[-1] in {topk.columns for topk in inside}:
         return False
     return ids.numel() == PROBE_BATCH * PROBE_TOKENS * ids.shape[-1]
+
+
+def check_order(router: Router, first_NK: Tensor, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """
+    Refuse rows that are those of the first tokens of all sequences, then of the second ones, and so on: in a record
+    one sequence follows the other.
+
+    Args:
+        router ([`Router`]):
+            The router.
+        first_NK (`torch.Tensor` of shape `(N, K)`):
+            Ids that it selected in a forward that had another second sequence.
+        forward (`Callable`):
+            Its own forward, in a call of it.
+        args, kwargs:
+            Arguments of that call.
+
+    Raises:
+        [`UnsupportedRouterError`]: Naming the router.
+    """
+    _, second_NK = router.record(forward, fresh(args), kwargs)
+    changed_N = (first_NK.sort(-1).values != second_NK.sort(-1).values).any(-1)
+    if changed_N[:PROBE_TOKENS].any() and not changed_N[::PROBE_BATCH].any():
+        raise refusal(
+            router,
+            "its rows go through the batch token by token, those of a record sequence by sequence. Flatten hidden "
+            "states of shape (batch, tokens, hidden) in this order",
+        )

@@ -49,17 +49,17 @@ def rebound_forward(router: Router, forward: Callable, args: tuple, kwargs: dict
         return torch.topk(*args, **kwargs)
 
     with TopKWatch(on_topk) as watch:
-        forward(*_fresh(args), **kwargs)
+        forward(*fresh(args), **kwargs)
     rebound = None if watch.saw_masks else ReboundForward.of(forward)
     if rebound is None:
         return None
     by_watch, seen[:] = len(seen), []
-    rebound(watch.topk, router.module, _fresh(args), kwargs)
+    rebound(watch.topk, router.module, fresh(args), kwargs)
     return rebound if len(seen) == by_watch else None
 
 
-def _fresh(args: tuple) -> tuple:
-    # some routers work in place
+def fresh(args: tuple) -> tuple:
+    """Copies: some routers work in place."""
     return tuple(arg.clone() if torch.is_tensor(arg) else arg for arg in args)
 
 
@@ -90,7 +90,7 @@ def check_masks(router: Router, forward: Callable, args: tuple, kwargs: dict[str
             return top if factors is None else torch.return_types.topk((top[0] * factors.to(top[0]), top[1]))
 
         with TopKWatch(on_topk) as watch:
-            return forward(*_fresh(args), **kwargs)
+            return forward(*fresh(args), **kwargs)
 
     output = run(None)
     # another factor for each slot, so that dividing by the sum does not hide it
@@ -133,12 +133,12 @@ def check_router(router: Router, forward: Callable, args: tuple, kwargs: dict[st
     Raises:
         [`UnsupportedRouterError`]: Naming the router and what was seen.
     """
-    output, own_NK = router.record(forward, _fresh(args), kwargs)
-    replayed = router.replay(forward, _fresh(args), kwargs, own_NK).output
+    output, own_NK = router.record(forward, fresh(args), kwargs)
+    replayed = router.replay(forward, fresh(args), kwargs, own_NK).output
     if router.ids_output is not None and not _equal_outputs(output, replayed):
         raise refusal(router, "its output changes when its own selection is replayed")
     for foreign_NK in _foreign_selections(own_NK, router.num_experts):
-        output, live_NK, *_ = router.replay(forward, _fresh(args), kwargs, foreign_NK)
+        output, live_NK, *_ = router.replay(forward, fresh(args), kwargs, foreign_NK)
         if live_NK is None or not torch.equal(live_NK, own_NK):
             raise refusal(router, "its live selection depends on the replayed one")
         if router.ids_output is not None and not same_ids(output[router.ids_output], foreign_NK):
