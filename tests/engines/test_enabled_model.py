@@ -10,11 +10,18 @@ import torch
 from engines.generating import WITH_ROUTES, check_routes, generate, mask_of
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import as_sets
+from oracles import CHECKPOINTING, as_sets, differing, foreign_record, gradients, stacked, use_checkpointing
+from routers.left_behind import same_traces, traces
 from token_oracle import OF_ROLLOUT, oracle, pad, samples, with_models
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    Qwen3MoeForSequenceClassification,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from trl_r3 import disable_routing_replay, enable_routing_replay
+from trl_r3.cli.experts import executed_ids
 from trl_r3.routers.patches import Patch
 
 WAYS = {
@@ -227,3 +234,26 @@ def test_generate(drawn, returned, seed):
         last = ends[0] if ends else len(sequence) - 1
         expected[i, :start] = expected[i, last:] = -1
     assert torch.equal(as_sets(out.routed_experts), as_sets(expected))
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_a_reward_model(qwen, ids, kind):
+    """It has no `generate`: its recomputes are steadied, and it takes a record."""
+    qwen.config.num_labels, qwen.config.pad_token_id = 1, 0
+    model = Qwen3MoeForSequenceClassification(qwen.config).train()
+    use_checkpointing(model, kind)
+    before = traces(model)
+    labels = torch.tensor([[1.0], [0.0]])
+    model(ids, labels=labels).loss.backward()
+    plain = gradients(model)
+    replay = enable_routing_replay(model, steady_recompute=True)
+    model(ids, labels=labels).loss.backward()
+    assert differing(gradients(model), plain) == []
+    record = foreign_record(replay, *ids.shape)
+    with executed_ids(model) as seen:
+        model(ids, labels=labels, routed_experts=record).loss.backward()
+    assert torch.equal(stacked(seen, len(ids)), record) and differing(gradients(model), plain) != []
+    disable_routing_replay(model)
+    assert same_traces(traces(model), before)
+    with pytest.raises(ValueError, match="no routing replay to disable"):
+        disable_routing_replay(model)

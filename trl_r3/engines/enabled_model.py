@@ -43,7 +43,8 @@ def enable_routing_replay(
 
     Args:
         model (`torch.nn.Module`):
-            A mixture-of-experts causal LM: bare, inside a `PeftModel`, or prepared by Accelerate.
+            A mixture-of-experts causal LM, or a classifier (reward model) of its kind, which has no `generate`: bare,
+            inside a `PeftModel`, or prepared by Accelerate.
         gating (`str`, *optional*, defaults to `"auto"`):
             How a recorded selection takes effect: `"intercept"`, `"op"` or `"auto"`, as in [`RouterReplay`].
         padding (`str`, *optional*, defaults to `"keep"`):
@@ -108,10 +109,13 @@ def disable_routing_replay(model: nn.Module) -> None:
         `ValueError`: If it was not.
     """
     # FSDP2 may have wrapped ours: Trainer registers `generate` as one of its forwards
-    patches = (inspect.unwrap(vars(module)["generate"]) for module in model.modules() if "generate" in vars(module))
-    patch = next((patch for patch in patches if isinstance(patch, Patch)), None)
-    enabled = getattr(patch and patch.around, "__self__", None)
-    if not isinstance(enabled, _EnabledModel):
+    own = (
+        vars(module)[name] for module in model.modules() for name in ("generate", "forward") if name in vars(module)
+    )
+    patches = (patch for patch in map(inspect.unwrap, own) if isinstance(patch, Patch))
+    owners = (getattr(patch.around, "__self__", None) for patch in patches)
+    enabled = next((owner for owner in owners if isinstance(owner, _EnabledModel)), None)
+    if enabled is None:
         raise ValueError(
             f"{type(model).__name__} has no routing replay to disable: `enable_routing_replay` was not called on it, "
             "or it was disabled before."
@@ -126,10 +130,9 @@ class _EnabledModel:
         self.lm = lm
         self.replay = replay
         self.noticed = False
-        self.patches = [
-            Patch(lm, self._forward, parameter="routed_experts"),
-            Patch(lm, self._generate, name="generate", parameter="output_routed_experts"),
-        ]
+        self.patches = [Patch(lm, self._forward, parameter="routed_experts")]
+        if hasattr(lm, "generate"):  # a reward model has none
+            self.patches.append(Patch(lm, self._generate, name="generate", parameter="output_routed_experts"))
 
     def remove(self) -> None:
         """Take everything off the model."""
