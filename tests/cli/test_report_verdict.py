@@ -158,11 +158,12 @@ def test_ranges_are_those_of_the_experts(tmp_path):
 @pytest.mark.parametrize(
     ("replayed", "live", "says"),
     [
-        (2e-4, 1e-3, "Replay cut k3 5.0 times (0.001 live, 0.0002 replayed: medians of 6 steps"),
-        (0.0, 1e-3, "Replay cut k3 to 0 (0.001 live, 0 replayed"),
+        (2e-4, 1e-3, "Replay lowered k3 by a factor of 5.0 (0.001 live, 0.0002 replayed: medians of 6 steps"),
+        (2e-13, 1e-3, "Replay lowered k3 by a factor of more than 1,000 (0.001 live, 2e-13 replayed"),
+        (0.0, 1e-3, "Replay lowered k3 to 0 (0.001 live, 0 replayed"),
         (2e-4, 2.1e-4, "k3 is the same with replay and without"),
         (0.0, 0.0, "k3 is the same with replay and without"),
-        (4e-4, 1e-4, "Replay made k3 4.0 times larger"),
+        (4e-4, 1e-4, "Replay raised k3 by a factor of 4.0"),
     ],
 )
 def test_by_how_much_replay_cut_k3(tmp_path, replayed, live, says):

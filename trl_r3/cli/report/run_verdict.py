@@ -68,9 +68,9 @@ class K3Cut:
         if self.live == self.replayed or abs(self.times - 1) <= EQUAL:
             return f"k3 is the same with replay and without ({medians}): routing is not the mismatch of this run."
         if self.times < 1:
-            return f"Replay made k3 {1 / self.times:.1f} times larger ({medians}): look at agreement."
-        cut = "to 0" if math.isinf(self.times) else f"{self.times:.1f} times"
-        return f"Replay cut k3 {cut} ({medians})."
+            return f"Replay raised k3 by a factor of {1 / self.times:.1f} ({medians}): look at agreement."
+        factor = f"{self.times:.1f}" if self.times < 1000 else "more than 1,000"
+        return f"Replay lowered k3 {'to 0' if math.isinf(self.times) else f'by a factor of {factor}'} ({medians})."
 
 
 @dataclass(frozen=True)
