@@ -93,3 +93,41 @@ def test_rows_of_another_order_are_refused(qwen):
             layer.mlp = TokenByToken(plain, layer.mlp.experts, qwen.config.hidden_size)
     with pytest.raises(UnsupportedRouterError, match=r"layers\.1\.mlp .* go through the batch token by token"):
         RouterReplay(qwen)
+
+
+class Loop(torch.nn.ModuleList):
+    """Experts that are called one by one, as the page of models says to write it."""
+
+    def forward(self, hidden_NH, ids, weights):
+        output = torch.zeros_like(hidden_NH)
+        for index, expert in enumerate(self):
+            token, slot = torch.where(ids == index)
+            output = output.index_add(0, token, expert(hidden_NH[token]) * weights[token, slot, None])
+        return output
+
+
+class LoopMixture(Mixture):
+    def forward(self, hidden_BTH):
+        hidden_NH = hidden_BTH.flatten(0, 1)
+        weights, ids = self.select((hidden_NH @ self.weight.T).softmax(-1), hidden_BTH.shape[:2])
+        return self.experts(hidden_NH, ids, weights).view_as(hidden_BTH)
+
+
+def test_a_loop_over_experts_in_the_forward_of_their_list(qwen, ids):
+    ran: dict[int, list[int]] = {}
+    for layer in (1, 3):
+        width = qwen.config.hidden_size
+        experts = Loop(torch.nn.Linear(width, width) for _ in range(E))
+        qwen.model.layers[layer].mlp = LoopMixture(plain, experts, width)
+    replay = RouterReplay(qwen)
+    for index, expert in enumerate(qwen.model.layers[3].mlp.experts):
+        expert.register_forward_hook(
+            lambda module, args, output, index=index: ran.setdefault(index, []).append(len(args[0]))
+        )
+    record = foreign_record(replay, *ids.shape)
+    with replay.replay(record):
+        qwen(ids, labels=ids).loss.backward()
+    assert {index: calls[0] for index, calls in ran.items()} == dict(
+        enumerate(record[:, :, 1].flatten().bincount(minlength=E).tolist())
+    )
+    assert qwen.model.layers[1].mlp.weight.grad.abs().sum() > 0
