@@ -135,13 +135,12 @@ def _of_experts(module: nn.Module, num_experts: int) -> list[str]:
 @contextmanager
 def _changed(module: nn.Module, name: str, spread: float) -> Iterator[None]:
     """Let a tensor have other numbers inside; it is put back itself, whoever holds it."""
-    holder: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
-    own = holder[name]
+    own: Any = getattr(module, name)
     generator = torch.Generator(own.device).manual_seed(0)  # the global one belongs to the user
     noise = torch.randn(own.shape, generator=generator, device=own.device, dtype=torch.float32) * spread
     other = own.detach() + noise.to(own.dtype)
-    holder[name] = nn.Parameter(other, requires_grad=False) if isinstance(own, nn.Parameter) else other
+    setattr(module, name, nn.Parameter(other, requires_grad=False) if isinstance(own, nn.Parameter) else other)
     try:
         yield
     finally:
-        holder[name] = own
+        setattr(module, name, own)
