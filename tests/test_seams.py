@@ -25,6 +25,7 @@ import torch
 import transformers
 import trl
 from model_zoo import build_tiny
+from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -33,6 +34,7 @@ from torch.utils import _python_dispatch, checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.distributed import DistributedConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, requests
+from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.experimental.async_grpo import AsyncGRPOConfig, async_grpo_trainer, async_rollout_worker, packing
@@ -47,6 +49,7 @@ from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 import trl_r3
 from trl_r3._compat import checkpoint_functions, implementations, swapped, uses_kernels
+from trl_r3.routers._compat_routers import _OF_SHAPE
 from trl_r3.trainers.construction import _NEEDED
 
 PACKAGE = Path(trl_r3.__file__).parent
@@ -54,6 +57,11 @@ TRAINERS = (trl.GRPOTrainer, GMPOTrainer, trl.RLOOTrainer)
 CONFIGS = (trl.GRPOConfig, GMPOConfig, trl.RLOOConfig)
 STUDENTS = (trl.DistillationTrainer, SDPOTrainer, IWOPDTrainer)
 STUDENT_CONFIGS = (trl.DistillationConfig, SDPOConfig, IWOPDConfig)
+HOOKS_OF_SHAPE = (
+    neftune_post_forward_hook,
+    lora_model._alora_offsets_pre_forward_hook,
+    lora_model._adapter_names_pre_forward_hook,
+)
 CLIENT, GENERATION = vllm_client.VLLMClient, vllm_generation.VLLMGeneration
 ASYNC_TRAINER = async_grpo_trainer.AsyncGRPOTrainer
 WORKER, LOOP = async_rollout_worker.AsyncRolloutWorker, async_rollout_worker._AsyncRolloutLoop
@@ -695,6 +703,11 @@ SEAMS = [
             and hasattr(peft.LoraConfig, "is_prompt_learning")
             and hasattr(BaseTunerLayer, "disable_adapters")
         ),
+    ),
+    Seam(
+        "routers/_compat_routers.py",
+        "hooks whose __module__ and __qualname__ are those of neftune and of PEFT's LoRA",
+        lambda: {f"{hook.__module__}.{hook.__qualname__}" for hook in HOOKS_OF_SHAPE} == _OF_SHAPE,
     ),
     Seam(
         "routers/attachable.py",

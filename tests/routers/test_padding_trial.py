@@ -15,6 +15,8 @@ from trl_r3.routers import padding_trial
 from trl_r3.routers.compaction import CompactExperts
 from trl_r3.routers.packing import PackedAttention
 from trl_r3.routers.padding_trial import PaddingTrial
+from trl_r3.routers.patches import CurrentModules
+from trl_r3.routers.watchers import Watchers
 
 ROWS = 39  # of the trial, with padding
 
@@ -143,7 +145,8 @@ def test_nothing_stays_of_it(change):
 
 def values_of(model):
     with RouterReplay(model) as replay:
-        trial = PaddingTrial(model, replay)
+        watchers = Watchers(model, CurrentModules(replay.stack), [router.module for router in replay.routers])
+        trial = PaddingTrial(model, replay, watchers)
         assert trial.pad() is None
         return trial._expected
 

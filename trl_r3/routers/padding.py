@@ -95,7 +95,7 @@ class Padding:
                 self.why = self._why_not_trimmed = f"not tried, as {self.kept_by}"
                 self._watchers = watchers
                 return
-            trial = PaddingTrial(model, replay)
+            trial = PaddingTrial(model, replay, watchers)
             self._attention = PackedAttention(self.stack, self.active)
             self.why = self._why_not_trimmed = trial.pad()
             if self.why is None:

@@ -19,6 +19,7 @@ from .self_check import evaluating
 
 if TYPE_CHECKING:
     from .router_replay import RouterReplay
+    from .watchers import Watchers
 
 _LENGTHS = ((3, 4, 6), (0, 11, 2), (1, 8, 4))  # padding, real tokens, padding: no column in front is one of padding
 _MASK = tuple((0,) * before + (1,) * real + (0,) * after for before, real, after in _LENGTHS)
@@ -41,10 +42,12 @@ class PaddingTrial:
             The model, attached.
         replay ([`RouterReplay`]):
             Its handle.
+        watchers ([`Watchers`]):
+            Of its decoder: some come with a forward and go with it.
     """
 
-    def __init__(self, model: nn.Module, replay: RouterReplay):
-        self.model, self.replay = model, replay
+    def __init__(self, model: nn.Module, replay: RouterReplay, watchers: Watchers):
+        self.model, self.replay, self.watchers = model, replay, watchers
         layout, device = replay.layout, input_device(model)
         self._mask_BT = torch.tensor(_MASK, device=device)
         vocab = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
@@ -55,14 +58,15 @@ class PaddingTrial:
         self._record_BTLK = scores.argsort(-1)[..., : layout.top_k]
         self._expected: Values = {}
         self._tolerance = 0.0
+        self._watched_by: str | None = None
 
     def pad(self) -> str | None:
-        """Run it padded. What was raised, if something was."""
+        """Run it padded. What was raised, or watched it, if something did."""
         found = self._try("padded")
         if isinstance(found, str):
             return found
         self._expected = found
-        return None
+        return self._watched_by
 
     def differs(self) -> str | None:
         """Run it as the model is by then. What was raised, or differs from the padded run by more than rounding."""
@@ -125,6 +129,7 @@ class PaddingTrial:
             if torch.is_autocast_enabled(on):
                 dtype = torch.get_autocast_dtype(on)
             self._tolerance = _TOLERANCE.get(dtype, _COARSE)
+            self._watched_by = self.watchers.find()
             leaves[_HIDDEN].append(output.detach().requires_grad_())
             return leaves[_HIDDEN][-1].clone()  # some models scale it in place
 

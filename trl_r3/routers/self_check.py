@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._compat_routers import forwards_alone
 from .router import Router
 from .top_k import ReboundForward, TopKCall, TopKWatch
 
@@ -27,7 +28,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), forwards_alone(model):
             yield
     finally:
         for module in training:

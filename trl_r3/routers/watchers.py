@@ -1,7 +1,7 @@
 """Who else looks at what goes through the decoder: whoever counts the rows there expects those of the batch.
 
 A hook on a module in the decoder, or on all that there are, is a watcher, and a forward of its own that experts or a
-router were given, unless a library put it there.
+router were given, unless a library put it there that does not look at the shape of a batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .._compat import forward_hooks
+from ._compat_routers import depends_on_shape
 from .discovery import is_experts
 from .patches import CurrentModules, Patch
 
@@ -104,7 +105,7 @@ def _stranger(function: Any, own: Callable | None = None) -> str | None:
         if function is own:
             return None
         where = _where(function)
-        if where.partition(".")[0] not in _LIBRARIES:
+        if where.partition(".")[0] not in _LIBRARIES or depends_on_shape(function):
             code = getattr(function, "__code__", None)  # which `functools.wraps` leaves alone
             return f"{where}.{type(function).__qualname__ if code is None else code.co_name}"
         function = getattr(function, "__wrapped__", None)
