@@ -50,3 +50,23 @@ def test_settings_that_are_changed_are_checked_when_training_begins(qwen3, tmp_p
     setattr(trainer.args, name, right)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("name", ["use_routing_replay", "use_sampling_mask_replay"])
+def test_a_switch_that_is_turned_later_is_refused(qwen3, build, name, built):
+    """Without a word, training would go on as before."""
+    trainer = build(qwen3(), **{"use_routing_replay": True, name: built})
+    setattr(trainer.args, name, not built)
+    with pytest.raises(ValueError, match=f"`{name}` is {not built}, but the trainer was built with {built}"):
+        trainer.train()
+    setattr(trainer.args, name, built)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_trainer_without_replay_is_asked_for_it_later(qwen3, tmp_path):
+    trainer, _ = make_student("sdpo", tmp_path, qwen3(), use_routing_replay=False)
+    trainer.args.use_routing_replay = True
+    with pytest.raises(ValueError, match="`use_routing_replay` is True, but the trainer was built with False"):
+        trainer.train()

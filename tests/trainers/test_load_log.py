@@ -110,3 +110,10 @@ def test_processes_are_counted_together_where_they_meet():
     log.meet()
     assert log._shared.tolist() == [[12, 6, 0, 0, 6, 0, 0, 0], [0, 0, 12, 12, 0, 0, 0, 0]]
     assert log.collect()["routing_replay/load/layer_1/dead_experts"] == 6 and log.collect() == {}
+
+
+def test_it_can_be_asked_for_when_the_trainer_is_built(qwen3, build):
+    trainer = build(qwen3())
+    trainer.args.routing_replay_load_every = 1
+    trainer.train()
+    assert len(loads(trainer)) == 2

@@ -139,6 +139,28 @@ def warn_if_off(trainer: type, config: Any) -> None:
     )
 
 
+def check_switches(args: Any, session: Any) -> None:
+    """
+    Refuse a switch that was turned since the trainer was built: engine and trainer stay as they were built.
+
+    Args:
+        args ([`~trl.GRPOConfig`], *optional*):
+            The config, as it is when training begins.
+        session ([`ReplaySession`], *optional*):
+            What the trainer was built with; `None` if nothing is replayed.
+
+    Raises:
+        `ValueError`: Naming the switch, both values and what to do instead.
+    """
+    for name, part in (("use_routing_replay", "routes"), ("use_sampling_mask_replay", "masks")):
+        built, asked = bool(getattr(session, part, False)), bool(getattr(args, name, False))
+        if built != asked:
+            raise ValueError(
+                f"`{name}` is {asked}, but the trainer was built with {built}, and trains so. Construct another with "
+                f"`{name}={asked}`, or set it back to {built}."
+            )
+
+
 def check_generation(trainer: Any, routes: bool) -> None:
     """
     Refuse rollouts of the policy itself that could not be recorded.

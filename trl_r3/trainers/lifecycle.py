@@ -14,7 +14,15 @@ from ..routers.discovery import is_experts
 from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
 from .checkpoints import whole_checkpoint
-from .construction import check_generation, check_setup, check_shards, config_from, recording_engine, warn_if_off
+from .construction import (
+    check_generation,
+    check_setup,
+    check_shards,
+    check_switches,
+    config_from,
+    recording_engine,
+    warn_if_off,
+)
 from .deciding_mismatch import DecidingMismatch
 from .log import counted_tokens, raise_together
 from .rollout import Scoring, note_rows_that_matter
@@ -53,8 +61,9 @@ class AttachedTrainer(_Trainer):
 
     def train(self, *args, **kwargs):
         """`train` of TRL. The model is attached when it has been prepared, and given back as it was."""
+        check_switches(getattr(self, "args", None), self._r3)  # the config may have been changed since
         if self._r3 is not None:
-            self.args.check_replay()  # it may have been changed since
+            self.args.check_replay()
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -55,9 +55,8 @@ class ReplaySession:
         self._start()
 
     def _start(self) -> None:
-        accelerator, every = self.trainer.accelerator, self.trainer.args.routing_replay_load_every
-        self.log = ReplayLog(accelerator)
-        self.loads = LoadLog(accelerator, every) if every else None
+        self.log = ReplayLog(self.trainer.accelerator)
+        self.loads: LoadLog | None = None
         self.tracer: Tracer | None = None
         self.turns = Turns()
         self.scoring: Scoring | None = None
@@ -67,6 +66,8 @@ class ReplaySession:
         """When the policy has been prepared for training."""
         foreign = self.trainer.use_vllm or self._has_rollout_func
         self.attachment.attach(judges=foreign and self.captures)
+        if every := self.trainer.args.routing_replay_load_every:
+            self.loads = LoadLog(self.trainer.accelerator, every)
         if self.trainer.args.routing_replay_trace_dir is not None:
             self.tracer = Tracer(self.trainer, self.attachment.replay)
 
