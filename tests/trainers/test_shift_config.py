@@ -33,6 +33,16 @@ def test_a_kl_term_that_the_weight_would_scale_is_refused(tmp_path):
     R3GMPOConfig(str(tmp_path), **settings, beta=0.04)
 
 
+def test_a_product_of_ratios_is_refused(tmp_path):
+    """GMPO has the setting from its parent, too, and a loss of its own."""
+    settings = {"use_routing_replay": True, "routing_replay_shift_weight": True, "num_iterations": 2, "bf16": False}
+    with pytest.raises(ValueError, match="`loss_type='vespo'` weighs a sequence by their product"):
+        R3GRPOConfig(str(tmp_path), **settings, loss_type="vespo")
+    R3GRPOConfig(str(tmp_path), **settings, loss_type="grpo", importance_sampling_level="sequence")  # of their mean
+    R3GRPOConfig(str(tmp_path), **{**settings, "routing_replay_shift_weight": False}, loss_type="vespo")
+    R3GMPOConfig(str(tmp_path), **settings, loss_type="vespo")
+
+
 def test_trainers_without_a_ratio_a_token_do_not_have_it(tmp_path):
     with pytest.raises(TypeError, match="routing_replay_shift_weight"):
         R3RLOOConfig(str(tmp_path), routing_replay_shift_weight=True)

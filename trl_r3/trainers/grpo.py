@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trl import GRPOConfig, GRPOTrainer
 
 from .mixin import RoutingReplayMixin
-from .shift_config import RouterShiftConfigMixin, check_kl
+from .shift_config import RouterShiftConfigMixin, check_ratios
 
 
 @dataclass
@@ -38,7 +38,7 @@ class R3GRPOConfig(RouterShiftConfigMixin, GRPOConfig):
             Write one every so many steps.
         routing_replay_shift_weight (`bool`, *optional*, defaults to `False`):
             Whether the importance ratio of a token shrinks as its routers move away from the rollout (RSPO). With a
-            `beta`, set `use_bias_correction_kl=False`.
+            `beta`, set `use_bias_correction_kl=False`; not with `loss_type="vespo"`.
         use_sampling_mask_replay (`bool`, *optional*, defaults to `False`):
             Whether the training distribution is restricted to the tokens that truncated sampling left in the rollout.
         routing_replay_spill_dir (`str`, *optional*):
@@ -54,7 +54,7 @@ class R3GRPOConfig(RouterShiftConfigMixin, GRPOConfig):
 
     def check_replay(self):
         super().check_replay()
-        check_kl(self)
+        check_ratios(self)
 
 
 class R3GRPOTrainer(RoutingReplayMixin, GRPOTrainer):

@@ -65,10 +65,10 @@ def check_shift(args: RouterShiftConfigMixin) -> None:
         )
 
 
-def check_kl(args: RouterShiftConfigMixin) -> None:
+def check_ratios(args: RouterShiftConfigMixin) -> None:
     """
-    Refuse a weight by router shift where GRPO multiplies its KL term by the same ratios: they are not the importance
-    ratios that make it unbiased.
+    Refuse a weight by router shift where GRPO takes the ratios for something else than the weight of a token: its KL
+    term multiplied by them is biased, and in the product of a whole sequence they would vanish.
 
     Args:
         args ([`RouterShiftConfigMixin`]):
@@ -77,6 +77,12 @@ def check_kl(args: RouterShiftConfigMixin) -> None:
     Raises:
         `ValueError`: Naming both settings, and what to set instead.
     """
+    if args.routing_replay_shift_weight and getattr(args, "loss_type", None) == "vespo":
+        raise ValueError(
+            "`routing_replay_shift_weight` scales the importance ratio of each token, and `loss_type='vespo'` weighs "
+            "a sequence by their product: 1000 tokens of weight 0.99 would scale it by 4e-5. Set another `loss_type`, "
+            "or `routing_replay_shift_weight=False`."
+        )
     beta, corrects = (getattr(args, name) for name in ("beta", "use_bias_correction_kl"))
     if args.routing_replay_shift_weight and beta and corrects:
         raise ValueError(
