@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from trainers.watching import instance_forwards, make_tokenizer, same_sets
+from trainers.watching import distinct_characters, instance_forwards, make_tokenizer, same_sets
 from transformers import Qwen3MoeForSequenceClassification
 
 from trl_r3 import R3GRPOTrainer
@@ -163,6 +163,24 @@ def test_evaluation_does_not_touch_the_buffered_record(qwen3, train, check):
     for one in updates[1:]:
         check.drifted(trainer, one)
     for one in updates:
+        check.replayed(one)
+
+
+def test_evaluation_inside_a_rollout(qwen3, build, check):
+    """A reward function may look how the policy does on other prompts: what it scores is not the rollout."""
+
+    def reward(completions, **kwargs):
+        if trainer.model.training:
+            trainer.evaluate()
+            trainer.model.train()
+        return distinct_characters(completions)
+
+    data = Dataset.from_dict({"prompt": ["abc", "d"]})
+    trainer = build(qwen3(), reward=reward, eval_dataset=data, per_device_eval_batch_size=4, num_iterations=2)
+    trainer.train()
+    for one in trainer.of("evaluation old policy") + trainer.of("evaluation update"):
+        check.live(trainer, one)
+    for one in trainer.of("update"):
         check.replayed(one)
 
 

@@ -50,8 +50,7 @@ class ReplaySession:
     def __init__(self, trainer: ReplayingTrainer, routes: bool, masks: bool, earlier: int = 0):
         self.trainer, self.routes, self.masks = trainer, routes, masks
         self.attachment = Attachment(trainer)
-        self.rollouts = KeptRollouts(earlier)
-        self.evaluates = False
+        self.rollouts, self.evaluates = KeptRollouts(earlier), False
         self._start()
 
     def _start(self) -> None:
@@ -64,8 +63,7 @@ class ReplaySession:
 
     def attach(self) -> None:
         """When the policy has been prepared for training."""
-        foreign = self.trainer.use_vllm or self._has_rollout_func
-        self.attachment.attach(judges=foreign and self.captures)
+        self.attachment.attach(judges=self.captures and (self.trainer.use_vllm or self._has_rollout_func))
         if every := self.trainer.args.routing_replay_load_every:
             self.loads = LoadLog(self.trainer.accelerator, every)
         if self.trainer.args.routing_replay_trace_dir is not None:
@@ -97,7 +95,8 @@ class ReplaySession:
         """Let everything inside be TRL's: what a step does must not hang on the mode that a model was left in."""
         before, self.evaluates = self.evaluates, True
         try:
-            yield
+            with self.scores(None):  # a reward function may evaluate, in the midst of what scores a rollout
+                yield
         finally:
             self.evaluates = before
 
