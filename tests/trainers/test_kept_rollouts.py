@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from trainers.two_processes import BUFFER, launched
 from transformers import TrainerCallback
 
 from trl_r3 import R3GRPOTrainer
@@ -182,6 +183,11 @@ def test_layout_before_and_after_training(qwen3, build):
     trainer.train()
     assert trainer.routing_replay.layout == layout
     assert not any("forward" in vars(layer) for layer in trainer.model.model.layers)
+
+
+def test_processes_meet_though_one_trains_on_earlier_samples(tmp_path_factory):
+    """Records are judged together: the other process would wait for one that finds nothing to judge."""
+    assert [report["steps"] for report in launched(tmp_path_factory)(BUFFER)] == [3, 3]
 
 
 def test_nothing_is_kept_of_what_was_dropped():

@@ -21,11 +21,12 @@ from trl_r3.cli.experts import watched_experts
 MODES = ["R3", "R2"]
 ERRORS = ["missing", "wrong", "short"]
 TRACES = "traces"
+BUFFER = "buffer"
 
 
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Reports of all cases, by mode, error, and `TRACES`; whatever they write is in a folder of that name."""
-    cases = [Case(name, "trainers.two_processes", []) for name in (*MODES, *ERRORS, TRACES)]
+    cases = [Case(name, "trainers.two_processes", []) for name in (*MODES, *ERRORS, TRACES, BUFFER)]
     return Results(shared_folder(tmp_path_factory, "two_processes"), {"torchrun": Launch(TORCHRUN, cases)})
 
 
@@ -34,6 +35,8 @@ def run(folder: Path, name: str, options: list[str]) -> dict[str, Any]:
     (folder / name).mkdir(exist_ok=True)
     if name in MODES:
         return noted(folder / name, name)
+    if name == BUFFER:
+        return buffered(folder / name)
     return traced(folder / name) if name == TRACES else error_of(folder / name, name)
 
 
@@ -115,6 +118,28 @@ def noted(folder: Path, mode: str) -> dict[str, Any]:
     assert [name for name, module in model.named_modules() if "forward" in vars(module)] == [""]
     norm = sum(weight.double().pow(2).sum() for weight in model.parameters()).item()
     return {"passes": trainer.passes, "log": trainer.state.log_history, "norm": norm}
+
+
+class Buffering(R3GRPOTrainer):
+    """A replay buffer, in which the second process alone finds samples of an earlier batch."""
+
+    kept_rollouts = 1
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        before, self.before = getattr(self, "before", None), batch
+        return before if before is not None and self.accelerator.process_index == 1 else batch
+
+
+def buffered(folder: Path) -> dict[str, Any]:
+    """How far it came."""
+    trainer = make_trainer(
+        Buffering, make_model(2, 8, 2, max_position_embeddings=128), folder, ["1+2=", "abcdefgh", "x", "hello"],
+        characters, per_device_train_batch_size=4, num_generations=2, max_completion_length=8, max_steps=3,
+        ddp_timeout=60,
+    )  # fmt: skip
+    trainer.train()
+    return {"steps": trainer.state.global_step}
 
 
 def play(kind: str, prompts, trainer):

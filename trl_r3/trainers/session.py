@@ -251,7 +251,8 @@ class ReplaySession:
             scoring.verdict = alarm.look(batch.observations)
             if scoring.verdict is not None:
                 self.log.add_verdict(scoring.verdict)
-        if at_rollout and scoring.is_update:
+        # where samples are kept, those of another process may all be fresh
+        if scoring.is_update and (at_rollout or (self.rollouts.earlier and not judged)):
             raise_together(self.trainer.accelerator, alarm.judge())
         if self.tracer is not None:
             assert isinstance(result, tuple)  # of a trainer that writes traces
