@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from model_zoo import build_tiny
 from torch import nn
+from trainers.watching import EOS, PAD
+from trl import GRPOTrainer
 from trl.experimental.async_grpo import async_grpo_trainer
 
 from trl_r3.trainers._compat_trainers import attending_plainly, refuse_second_training, stopping_if_alive
@@ -56,3 +60,24 @@ def test_trl_starts_its_rollouts_once():
     refuse_second_training(False)
     with pytest.raises(RuntimeError, match="Construct another trainer"):
         refuse_second_training(True)
+
+
+@pytest.mark.parametrize(("given", "unknown"), [(40, "[40]"), ([EOS, 40, 41], "[40, 41]")])
+@pytest.mark.parametrize("masks", [False, True])
+def test_ends_that_trl_does_not_cut_at_are_refused(qwen3, build, given, unknown, masks):
+    changes = {"use_routing_replay": not masks, "use_sampling_mask_replay": masks}
+    with pytest.raises(ValueError, match=re.escape(f"at tokens {unknown}, but TRL cuts them at [{EOS}] only")):
+        build(qwen3(), generation_kwargs={"eos_token_id": given}, **changes)
+    model = qwen3()
+    model.generation_config.eos_token_id = given
+    build(model, generation_kwargs={"eos_token_id": given}, **changes)
+
+
+def test_padding_behind_such_an_end_is_trained_on_by_trl(qwen3, train):
+    """What is refused above: rows behind the end, which TRL counts."""
+    ends = [*range(40, 70)]
+    trainer = train(
+        qwen3(), trainer_class=GRPOTrainer, use_routing_replay=False, generation_kwargs={"eos_token_id": ends}
+    )
+    rollouts = [list(tokens)[sample.prompt_length :] for tokens, sample in trainer.rollouts[True].items()]
+    assert any(first in ends and second == PAD for tokens in rollouts for first, second in pairwise(tokens))

@@ -18,6 +18,7 @@ from ..engines.vllm_colocate import recording_llm
 from ..engines.vllm_masks import check_mask_settings
 from ..engines.vllm_server import recording_client
 from ..routers.discovery import refuse_dense
+from ._compat_trainers import refuse_unknown_ends
 from .config import RoutingReplayConfigMixin
 
 _NEEDED = (
@@ -178,8 +179,10 @@ def check_generation(trainer: Any, routes: bool) -> None:
     if batching is not None:
         recordable_config(batching)
         _warn_of_cast(trainer)
-    elif routes and not trainer.use_vllm:
-        check_decoding(trainer.model, {"generation_config": trainer.generation_config})
+    elif not trainer.use_vllm:
+        if routes:
+            check_decoding(trainer.model, {"generation_config": trainer.generation_config})
+        refuse_unknown_ends(trainer)
 
 
 def _warn_of_cast(trainer: Any) -> None:
