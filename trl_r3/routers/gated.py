@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._compat import drops_out
 from ..gating.reference import expert_scores
 from .gate_formula import GateFormula, candidates, selection_biases
+from .gate_ties import same_but_for_ties
 from .router import Routed, Router
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -165,7 +166,7 @@ def with_gating_op(
                 own = formula(router.module, logits_NE, router.top_k, own_NK)
         except (TypeError, ValueError):  # groups that do not divide E, say
             continue
-        if not torch.equal(live.expert_ids.sort(-1).values, own_NK.sort(-1).values):
+        if not same_but_for_ties(live.expert_ids, own_NK, formula, router.module, logits_NE):
             continue
         if not _close(own.weights, weights_NK):
             continue
@@ -173,7 +174,8 @@ def with_gating_op(
             replayed = _gradients(gated, forward, args, kwargs, foreign_NK)
         except RuntimeError:  # a product out of autograd's sight has none
             continue
-        if _close(replayed[0], expected[0]) and all(map(_close_gradient, replayed[1:], expected[1:])):
+        gradients = zip(replayed[1:], expected[1:], strict=True)
+        if _close(replayed[0], expected[0]) and all(_close_gradient(*pair, logits_NE.dtype) for pair in gradients):
             return gated
     return None
 
@@ -227,8 +229,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance * 1e-3)
 
 
-def _close_gradient(one: Tensor, other: Tensor) -> bool:
-    # sums over many tokens: their rounding is that of the largest
+def _close_gradient(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    # sums over many tokens, of values that are rounded as the logits are: their rounding is that of the largest
     one, other = one.double(), other.double()
     scale = float(other.abs().max()) if other.numel() else 0.0
-    return bool(((one - other).abs() <= _TOLERANCE[torch.bfloat16] * 1e-1 * scale + 1e-12).all())
+    return bool(((one - other).abs() <= max(_TOLERANCE[dtype], 1e-3) * scale + 1e-12).all())
