@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from engines.tiny_chat import make_trainer
 from peft import PromptTuningConfig
@@ -62,6 +63,21 @@ def test_dense_models_are_refused_before_an_engine_is_built(build, dense, by_nam
 def test_torch_compile_is_refused_before_an_engine_is_built(qwen3, build):
     with pytest.raises(ValueError, match="`torch_compile=True` runs past routing replay"):
         build(qwen3(), use_vllm=True, torch_compile=True)
+
+
+@pytest.mark.parametrize(
+    ("switch", "what"), [("use_routing_replay", "routing replay"), ("use_sampling_mask_replay", "sampling masks")]
+)
+def test_a_compiler_of_accelerate_is_refused(qwen3, build, monkeypatch, switch, what):
+    """`accelerate config` asks for one, and launches with what it was told."""
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    try:
+        with pytest.raises(ValueError, match=f"`dynamo_backend: EAGER` of Accelerate runs past {what}"):
+            build(qwen3(), **{"use_routing_replay": False, switch: True})
+        build(qwen3(), use_routing_replay=False)
+    finally:
+        AcceleratorState._reset_state()
 
 
 def dense_qwen3():

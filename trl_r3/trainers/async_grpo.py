@@ -18,7 +18,7 @@ from .async_construction import (
 from .async_queue import ROW_NUMBER
 from .async_session import AsyncReplaySession
 from .config import RoutingReplayConfigMixin
-from .construction import check_setup, check_shards, config_from, warn_if_off
+from .construction import check_compiler, check_setup, check_shards, config_from, warn_if_off
 from .lifecycle import AttachedTrainer
 from .log import make_together
 
@@ -95,6 +95,7 @@ class R3AsyncGRPOTrainer(AttachedTrainer, AsyncGRPOTrainer):
             warn_if_off(type(self), config)
             return
         check_shards(self.accelerator)
+        check_compiler(self.accelerator, routes=True)
         make_together(self.accelerator, self._check_rollouts)
         session = AsyncReplaySession(self)
         session.attachment.try_on()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from trl.import_utils import is_vllm_available
 
@@ -82,6 +83,32 @@ def check_shards(accelerator: Any) -> None:
         )
 
 
+def check_compiler(accelerator: Any, routes: bool) -> None:
+    """
+    Refuse a compiler that Accelerate was told of, which compiles the policy as `torch_compile` does.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            That of the trainer.
+        routes (`bool`):
+            Whether experts are replayed, or sampling masks alone.
+
+    Raises:
+        `ValueError`: If it compiles what it prepares.
+    """
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:
+        setting = f"`dynamo_backend: {backend.value}` of Accelerate"
+        raise _past_replay(setting, "`dynamo_backend: 'NO'` in its config", routes)
+
+
+def _past_replay(compiled: str, remedy: str, routes: bool) -> ValueError:
+    what, switch = "sampling masks", "use_sampling_mask_replay"
+    if routes:
+        what, switch = "routing replay", "use_routing_replay"
+    return ValueError(f"{compiled} runs past {what}. Set {remedy}, or `{switch}=False`.")
+
+
 def config_from(args: tuple, kwargs: dict[str, Any]) -> Any:
     """The config among the arguments of a trainer, or `None`."""
     return kwargs.get("args") or next((arg for arg in args if hasattr(arg, "per_device_train_batch_size")), None)
@@ -105,10 +132,7 @@ def check_setup(config: Any, model: Any, routes: bool, masks: bool) -> None:
     if isinstance(config, RoutingReplayConfigMixin):
         config.check_replay()
     if (routes or masks) and config.torch_compile:
-        what, switch = "sampling masks", "use_sampling_mask_replay"
-        if routes:
-            what, switch = "routing replay", "use_routing_replay"
-        raise ValueError(f"`torch_compile=True` runs past {what}. Set `torch_compile=False`, or `{switch}=False`.")
+        raise _past_replay("`torch_compile=True`", "`torch_compile=False`", routes)
     if not routes:
         return
     if not isinstance(config, RoutingReplayConfigMixin):

@@ -15,6 +15,7 @@ from ..routers.passes import TrainingGuard
 from ..routers.router_replay import RouterReplay
 from .checkpoints import whole_checkpoint
 from .construction import (
+    check_compiler,
     check_generation,
     check_setup,
     check_shards,
@@ -121,6 +122,7 @@ class ReplayLifecycle(AttachedTrainer):
         if not routes and not masks:
             warn_if_off(type(self), config)
             return
+        check_compiler(self.accelerator, routes)
         check_generation(self, routes)
         session = ReplaySession(self, routes, masks, self.kept_rollouts)
         if routes:
