@@ -7,6 +7,7 @@ import torch
 from model_zoo import build_tiny
 from peft import LoraConfig
 from trainers.runs import OLD_POLICY
+from trainers.watching import VOCAB
 from transformers import AutoModelForCausalLM
 
 from trl_r3 import load_trace
@@ -125,10 +126,19 @@ def test_dropout_is_named(qwen3, traced, where):
         verify_trace(trainer.model, load_trace(path))
 
 
-def test_noise_of_a_router_is_named(traced):
-    """Its experts read it, too, so no two forwards are alike."""
-    trainer, (path, *_), _ = traced(build_tiny("mixtral", router_jitter_noise=0.1), max_steps=1)
-    with pytest.raises(ValueError, match="drew noise at random. Load the model with `router_jitter_noise=0.0`"):
+NOISES = {
+    "neftune_noise_alpha": "embed_tokens.*`neftune_noise_alpha=None`",
+    "router_jitter_noise": "mlp.*`router_jitter",
+}
+
+
+@pytest.mark.parametrize("where", NOISES)
+def test_noise_is_named(qwen3, traced, where):
+    if where == "neftune_noise_alpha":
+        trainer, (path, *_), _ = traced(qwen3(), neftune_noise_alpha=5.0)
+    else:
+        trainer, (path, *_), _ = traced(build_tiny("mixtral", vocab_size=VOCAB, router_jitter_noise=0.1))
+    with pytest.raises(ValueError, match="added noise at random, in .*" + NOISES[where]):
         verify_trace(trainer.model, load_trace(path))
 
 

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from .attaching import ReplayingTrainer
     from .session import Scoring
 
+_NOISE = {  # by the attribute of a module that says how much: what leaves it out
+    "neftune_noise_alpha": "neftune_noise_alpha=None",
+    "jitter_noise": "router_jitter_noise=0.0",
+    "input_jitter_noise": "input_jitter_noise=0.0",
+}
+
 
 @dataclass
 class Pending:
@@ -246,13 +252,11 @@ def _why_unreplayable(model: Any, output: dict[str, Any]) -> str | None:
     for name, each in model.named_modules():
         if drops_out(each) and each.training and each.p > 0:
             return f"its forwards dropped values out at random, in {name}. Set `disable_dropout=True` to trace."
-    randomness = {
-        "attention_dropout": "its attention dropped values out",
-        "router_jitter_noise": "its MoE layers drew noise",
-    }
-    for setting, what in randomness.items():
-        if model.training and getattr(model.config.get_text_config(), setting, 0) > 0:
-            return f"{what} at random. Load the model with `{setting}=0.0` to trace."
+        noise = next((noise for noise in _NOISE if each.training and (getattr(each, noise, None) or 0) > 0), None)
+        if noise is not None:
+            return f"its forwards added noise at random, in {name}. Set `{_NOISE[noise]}` to trace."
+    if model.training and getattr(model.config.get_text_config(), "attention_dropout", 0) > 0:
+        return "its attention dropped values out at random. Load the model with `attention_dropout=0.0` to trace."
     return None
 
 
