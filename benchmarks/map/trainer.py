@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trl_r3._compat import swapped
 from trl_r3.cli.demo.low_precision import LowPrecisionRolloutTrainer
-from trl_r3.engines.sampled_tokens import SampledTokens, drawn_tokens
+from trl_r3.engines.generate import SampledTokens, drawn_tokens
 from trl_r3.routers.router import _Selection
 
 from .cells import Arm

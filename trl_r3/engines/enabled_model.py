@@ -22,8 +22,7 @@ from ..records.sources import WholeBatch
 from ..routers.lagging import LaggingPass, OlderRouters
 from ..routers.patches import Patch
 from ..routers.router_replay import RouterReplay
-from .generate import end_tokens, generate_with_routes, setting
-from .sampled_tokens import drawn_tokens
+from .generate import drawn_tokens, end_tokens, generate_with_routes, setting
 
 
 def enable_routing_replay(

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import find_causal_lm, is_compiled, swapped
+from ..records.checks import check_fed
+from ..records.metrics import drawn_logprobs
 from ..records.record import slice_samples
-from ..records.sampling_mask import SamplingMask
-from ..routers.passes import RecordedRoutes
+from ..records.sampling_mask import SamplingMask, kept_rows
 from ..routers.router_replay import RouterReplay
 from ._compat_engines import last_processor
 from .fed_tokens import recorded_as_fed
-from .sampled_tokens import SampledTokens, drawn_tokens
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 
 
@@ -49,6 +49,73 @@ class Generated:
         if self.kept is not None:
             masks = [SamplingMask.of([at[i] for at in self.kept[:count]]) for i, count in enumerate(completions)]
         return Turn(prompt_ids, completion_ids, records, logprobs, masks)
+
+
+class SampledTokens:
+    """
+    What `generate()` sampled: log-probabilities, kept as (B,) a step (storing logits would take (B, T, V)), and, where
+    its last logits processor is [`SampledTokens.keep`], the ids that were left to draw from.
+    """
+
+    def __init__(self, lm: nn.Module, temperature: float):
+        self.temperature = temperature
+        self.logits: Tensor | None = None  # (B, V) of the last position so far, -inf where it was cut
+        self.position = 0  # tokens that have been fed
+        self.values: dict[int, Tensor] = {}  # by position of the sampled token
+        self.kept: dict[int, list[Tensor]] = {}  # likewise
+        self.handles = [
+            lm.register_forward_pre_hook(self._before, with_kwargs=True),
+            lm.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def keep(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
+        """Note what can be drawn from scores; they stay as they are."""
+        assert self.logits is not None  # of the forward that made the scores
+        self.kept[self.position] = kept_rows(scores_BV)
+        # not the scores: penalties move them, and the trainer knows none
+        self.logits = self.logits.masked_fill(scores_BV == -torch.inf, -torch.inf)
+        return scores_BV
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"]
+        self._score(ids[:, 0])
+        self.position += ids.shape[1]
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.logits = output.logits[:, -1].detach().float() / self.temperature
+
+    def _score(self, token_B: Tensor) -> None:
+        if self.logits is not None:
+            self.values[self.position] = drawn_logprobs(self.logits, token_B.to(self.logits.device))
+
+    def logprobs(self, sequences: Tensor, drawn_BC: Tensor) -> Tensor:
+        """(B, C): one value a completion token, NaN where it was not drawn."""
+        if self.position == sequences.shape[1] - 1:
+            self._score(sequences[:, -1])
+        width = sequences.shape[1] - drawn_BC.shape[1]
+        values = [self.values[position] for position in range(width, sequences.shape[1])]
+        scored_BC = torch.stack(values, dim=1) if values else torch.empty(len(sequences), 0)
+        return scored_BC.masked_fill(~drawn_BC.to(scored_BC.device), torch.nan)
+
+    def kept_at(self, sequences: Tensor, drawn_BC: Tensor) -> list[list[Tensor]]:
+        """By completion token, then by sequence; nothing where it was not drawn."""
+        positions = range(sequences.shape[1] - drawn_BC.shape[1], sequences.shape[1])
+        lacking = [position for position in positions if position not in self.kept]
+        if lacking:
+            raise RuntimeError(
+                f"`generate` returned {len(positions)} tokens, but its logits processors ran for "
+                f"{len(positions) - len(lacking)} of them: something else drew the others. Set "
+                "`use_sampling_mask_replay=False`."
+            )
+        return [
+            [ids if is_drawn else ids[:0] for ids, is_drawn in zip(self.kept[position], drawn_B, strict=True)]
+            for position, drawn_B in zip(positions, drawn_BC.T.tolist(), strict=True)
+        ]
 
 
 def generate_with_routes(
@@ -107,7 +174,7 @@ def generate_with_routes(
     width = next(ids for ids in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if ids is not None).shape[1]
     records = None
     if replay is not None and recorded is not None:
-        _check_fed(recorded, sequences, width)
+        check_fed(recorded.forwards, recorded.tokens, sequences, width)
         rows = recorded.packed[:, : sequences.shape[1] - 1]
         records = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 1), value=replay.layout.missing)
     logprobs = kept = None
@@ -116,32 +183,6 @@ def generate_with_routes(
         logprobs = sampled.logprobs(sequences, drawn_BC)
         kept = sampled.kept_at(sequences, drawn_BC) if keeps else None
     return Generated(output, sequences, width, records, logprobs, kept)
-
-
-def _check_fed(recorded: RecordedRoutes, sequences: Tensor, width: int) -> None:
-    """
-    Refuse routes of other tokens than those returned. Forwards beyond the end do no harm: `generate` may stop late.
-    """
-    if not recorded.forwards:
-        raise RuntimeError(
-            "`generate` returned without a forward of the model, so there is nothing to record: something else made "
-            "its sequences. Let the model generate them, or set `use_routing_replay=False`."
-        )
-    num_rows, fed = sequences.shape[1] - 1, sum(forward.shape[1] for forward in recorded.forwards)
-    known = [tokens for tokens in recorded.tokens if tokens is not None]
-    if len(known) == len(recorded.forwards):
-        tokens = torch.cat(known, dim=1)[:, :num_rows]
-        same = torch.equal(tokens, sequences[:, :num_rows].to(tokens.device))
-    else:
-        same = fed == num_rows  # a vision-language model feeds embeddings
-    if not same:
-        raise RuntimeError(
-            f"`generate` fed {fed} tokens in {len(recorded.forwards)} forwards, but not the first {num_rows} tokens "
-            f"of the sequences one after the other (prompt of {width}): its cache was off or held a part of the "
-            "prompt, or something else called the model meanwhile. Set `use_cache=True`, pass no `cache` (before "
-            "Transformers 5.24: `past_key_values`), disable gradient checkpointing while generating, and use no "
-            "logits processor that calls the model."
-        )
 
 
 @contextmanager
@@ -206,6 +247,12 @@ def end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
     return [] if ends is None else [int(end) for end in torch.as_tensor(ends).flatten()]
 
 
+def drawn_tokens(completions_BC: Tensor, ends: Sequence[int]) -> Tensor:
+    """(B, C) of `bool`: the tokens of completions up to the first end; behind it `generate` puts padding."""
+    is_end_BC = torch.isin(completions_BC, torch.tensor(list(ends), dtype=torch.int64, device=completions_BC.device))
+    return is_end_BC.int().cumsum(1) - is_end_BC.int() == 0
+
+
 def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """
     Refuse ways of decoding that reorder, reject or repeat tokens between forwards.
@@ -219,32 +266,27 @@ def check_decoding(model: nn.Module, kwargs: dict[str, Any]) -> None:
     Raises:
         `ValueError`: Naming the argument, the reason and what to set instead.
     """
-
-    def refuse(what: str, reason: str, remedy: str) -> None:
-        raise ValueError(f"a rollout cannot be recorded with {what}: {reason}. Set {remedy} instead.")
-
-    if (setting(model, kwargs, "num_beams") or 1) > 1:
-        beams = setting(model, kwargs, "num_beams")
-        refuse(f"`num_beams={beams}`", "beam search reorders sequences between forwards", "`num_beams=1`")
-    drafts = any(
-        setting(model, kwargs, name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-    )
-    if drafts or kwargs.get("assistant_model") is not None:
-        refuse(
-            "assisted decoding",
-            "it feeds draft tokens and rejects some of them",
-            "`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit` and `use_mtp` to None",
-        )
-    if (setting(model, kwargs, "guidance_scale") or 1) != 1:
-        scale = setting(model, kwargs, "guidance_scale")
-        refuse(f"`guidance_scale={scale}`", "it also feeds a second, unconditional stream", "`guidance_scale=None`")
-    if False in (kwargs.get("use_cache"), getattr(kwargs.get("generation_config"), "use_cache", None)):
-        refuse("`use_cache=False`", "every forward routes all tokens again", "`use_cache=True`")
-    if kwargs.get("custom_generate") is not None:
-        refuse("`custom_generate`", "its forwards are unknown", "`custom_generate=None`")
-    if setting(model, kwargs, "cache_implementation") == "paged":
-        refuse("`cache_implementation='paged'`", "it batches requests continuously", "`cache_implementation=None`")
-    if kwargs.get("inputs_embeds") is not None:
-        refuse("`inputs_embeds`", "the returned sequences lack the prompt", "`input_ids`")
-    if is_compiled(model):
-        refuse("a compiled model", "it runs past the capture", "no `torch.compile`")
+    beams, scale = setting(model, kwargs, "num_beams") or 1, setting(model, kwargs, "guidance_scale") or 1
+    drafting = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    drafts = kwargs.get("assistant_model") is not None or any(setting(model, kwargs, name) for name in drafting)
+    drafts_off = "`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit` and `use_mtp` to None"
+    uncached = False in (kwargs.get("use_cache"), getattr(kwargs.get("generation_config"), "use_cache", None))
+    paged = setting(model, kwargs, "cache_implementation") == "paged"
+    custom, embeds = (kwargs.get(name) is not None for name in ("custom_generate", "inputs_embeds"))
+    for applies, what, reason, remedy in (
+        (beams > 1, f"`num_beams={beams}`", "beam search reorders sequences between forwards", "`num_beams=1`"),
+        (drafts, "assisted decoding", "it feeds draft tokens and rejects some of them", drafts_off),
+        (
+            scale != 1,
+            f"`guidance_scale={scale}`",
+            "it also feeds a second, unconditional stream",
+            "`guidance_scale=None`",
+        ),
+        (uncached, "`use_cache=False`", "every forward routes all tokens again", "`use_cache=True`"),
+        (custom, "`custom_generate`", "its forwards are unknown", "`custom_generate=None`"),
+        (paged, "`cache_implementation='paged'`", "it batches requests continuously", "`cache_implementation=None`"),
+        (embeds, "`inputs_embeds`", "the returned sequences lack the prompt", "`input_ids`"),
+        (is_compiled(model), "a compiled model", "it runs past the capture", "no `torch.compile`"),
+    ):
+        if applies:
+            raise ValueError(f"a rollout cannot be recorded with {what}: {reason}. Set {remedy} instead.")

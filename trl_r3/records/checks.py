@@ -1,9 +1,13 @@
-"""What no router can have selected: rows that are torn, out of range or repeat an expert, records of another length.
+"""
+What no router can have selected: rows that are torn, out of range or repeat an expert, records of another length or of
+other tokens.
 
 Legend: B batch, T tokens of a sequence, R rows of a record, L MoE layers, E experts, K experts per token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -134,3 +138,44 @@ def rows_that_matter(predicts_BT: Tensor, position_ids: Tensor | None = None) ->
     first_from = starts.flip(1).cummin(1).values.flip(1)
     next_start = torch.nn.functional.pad(first_from[:, 1:], (0, 1), value=num_tokens)
     return after - torch.nn.functional.pad(after, (0, 1)).gather(1, next_start) > 0
+
+
+def check_fed(
+    forwards: Sequence[Tensor], tokens: Sequence[Tensor | None], sequences_BT: Tensor, prompt_width: int
+) -> None:
+    """
+    Refuse routes of other tokens than `generate` returns. Forwards beyond the end do no harm: it may stop late.
+
+    Args:
+        forwards (sequence of `torch.Tensor` of shape `(B, N, L, K)`):
+            Routes of its forwards, of N tokens each.
+        tokens (sequence of `torch.Tensor` of shape `(B, N)`, or `None`):
+            What was fed to each, where it is known: a vision-language model feeds embeddings.
+        sequences_BT (`torch.Tensor` of shape `(B, T)`):
+            Prompts and completions.
+        prompt_width (`int`):
+            Tokens of the prompts, with padding.
+
+    Raises:
+        `RuntimeError`: If no forward has run, or not one after the other over the first T - 1 tokens.
+    """
+    if not forwards:
+        raise RuntimeError(
+            "`generate` returned without a forward of the model, so there is nothing to record: something else made "
+            "its sequences. Let the model generate them, or set `use_routing_replay=False`."
+        )
+    num_rows, fed = sequences_BT.shape[1] - 1, sum(forward.shape[1] for forward in forwards)
+    known = [each for each in tokens if each is not None]
+    if len(known) == len(forwards):
+        fed_BT = torch.cat(known, dim=1)[:, :num_rows]
+        same = torch.equal(fed_BT, sequences_BT[:, :num_rows].to(fed_BT.device))
+    else:
+        same = fed == num_rows
+    if not same:
+        raise RuntimeError(
+            f"`generate` fed {fed} tokens in {len(forwards)} forwards, but not the first {num_rows} tokens of the "
+            f"sequences one after the other (prompt of {prompt_width}): its cache was off or held a part of the "
+            "prompt, or something else called the model meanwhile. Set `use_cache=True`, pass no `cache` (before "
+            "Transformers 5.24: `past_key_values`), disable gradient checkpointing while generating, and use no "
+            "logits processor that calls the model."
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .._compat import swapped
+from .._compat import swapped, warn
 
 _BESIDE_TOKENS = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
@@ -72,10 +72,10 @@ def beside_tokens(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in _BESIDE_TOKENS if name in batch}
 
 
-def refuse_unknown_ends(trainer: Any) -> None:
+def warn_of_unknown_ends(trainer: Any) -> None:
     """
-    Refuse ends of completions that TRL does not cut at. It cuts at those that model and tokenizer declare, and takes
-    the padding behind others, given in `generation_kwargs`, for sampled tokens. Goes when TRL cuts at these, too.
+    Tell of ends of completions that TRL does not cut at. It cuts at those that model and tokenizer declare, and trains
+    on the padding behind others, given in `generation_kwargs`. Goes when TRL cuts at these, too.
     """
     known = getattr(trainer, "eos_token_ids", None)  # IW-OPD cuts padding off
     given = trainer.generation_config.eos_token_id
@@ -83,8 +83,8 @@ def refuse_unknown_ends(trainer: Any) -> None:
         return
     unknown = sorted({*([given] if isinstance(given, int) else given)} - {*known})
     if unknown:
-        raise ValueError(
-            f"`generation_kwargs` ends completions at tokens {unknown}, but TRL cuts them at {sorted(known)} only, so "
-            "that padding behind them would be recorded and trained on. Set `eos_token_id` of the model's "
-            "`generation_config` instead, which TRL reads when the trainer is built."
+        warn(
+            f"`generation_kwargs` ends completions at tokens {unknown}, but TRL cuts them at {sorted(known)}, "
+            "and trains on padding behind the others. Set `eos_token_id` of the model's `generation_config` instead, "
+            "which TRL reads when the trainer is built."
         )

@@ -19,7 +19,7 @@ from ..engines.vllm_colocate import recording_llm
 from ..engines.vllm_masks import check_mask_settings
 from ..engines.vllm_server import recording_client
 from ..routers.discovery import refuse_dense
-from ._compat_trainers import refuse_unknown_ends
+from ._compat_trainers import warn_of_unknown_ends
 from .config import RoutingReplayConfigMixin
 
 _NEEDED = (
@@ -206,7 +206,7 @@ def check_generation(trainer: Any, routes: bool) -> None:
     elif not trainer.use_vllm:
         if routes:
             check_decoding(trainer.model, {"generation_config": trainer.generation_config})
-        refuse_unknown_ends(trainer)
+        warn_of_unknown_ends(trainer)
 
 
 def _warn_of_cast(trainer: Any) -> None:
