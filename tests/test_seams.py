@@ -25,8 +25,11 @@ import torch
 import transformers
 import trl
 from model_zoo import build_tiny
+from peft.tuners.glora import model as glora_model
+from peft.tuners.hira import model as hira_model
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.road import model as road_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule
@@ -60,7 +63,7 @@ STUDENT_CONFIGS = (trl.DistillationConfig, SDPOConfig, IWOPDConfig)
 HOOKS_OF_SHAPE = (
     neftune_post_forward_hook,
     lora_model._alora_offsets_pre_forward_hook,
-    lora_model._adapter_names_pre_forward_hook,
+    *(each._adapter_names_pre_forward_hook for each in (lora_model, road_model, glora_model, hira_model)),
 )
 CLIENT, GENERATION = vllm_client.VLLMClient, vllm_generation.VLLMGeneration
 ASYNC_TRAINER = async_grpo_trainer.AsyncGRPOTrainer

@@ -8,6 +8,7 @@ from model_zoo import build_tiny
 from torch import nn
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
+from trl_r3.routers import gated
 from trl_r3.routers.gate_formula import GateFormula
 from trl_r3.routers.gate_ties import same_but_for_ties
 from trl_r3.routers.gated import GatedRouter
@@ -38,6 +39,19 @@ def test_gates_of_many_experts_are_covered(dtype, numerics):
     with numerics(), RouterReplay(model, gating="op") as replay:
         assert [type(router) for router in replay.routers] == [GatedRouter] * len(replay.moe_layers)
         assert {router.formula.score for router in replay.routers} == {"softmax"}
+
+
+def equal_sets(one_NK, other_NK, *context):
+    return torch.equal(one_NK.sort(-1).values, other_NK.sort(-1).values)
+
+
+@pytest.mark.parametrize("numerics", ["bfloat16"])
+def test_without_regard_to_ties_they_are_not(monkeypatch, numerics):
+    dtype, around = NUMERICS[numerics]
+    model = many_experts().to(dtype)
+    monkeypatch.setattr(gated, "same_but_for_ties", equal_sets)
+    with around(), pytest.raises(UnsupportedRouterError, match="does not cover its gate"):
+        RouterReplay(model, gating="op")
 
 
 class _Steeper(torch.autograd.Function):
@@ -85,11 +99,10 @@ def test_experts_that_tie_are_worth_the_same():
 
 
 def test_a_bias_is_looked_at():
-    """Experts of one logit are not worth the same where a bias selects, whatever a formula leaves out."""
+    """Experts of one logit are not worth the same where a bias selects."""
     even, uneven = router(bias=torch.zeros(4)), router(bias=torch.tensor([0.0, 0.1, 0.2, 0.0]))
     assert same_but_for_ties(TIED, OWN, formula("bias"), even, LOGITS)
     assert not same_but_for_ties(TIED, OWN, formula("bias"), uneven, LOGITS)
-    assert not same_but_for_ties(TIED, OWN, formula(), uneven, LOGITS)
 
 
 def test_logits_that_say_nothing_excuse_nothing():

@@ -79,6 +79,17 @@ def test_the_choice_is_visible():
         RouterReplay(model, gating="fast")
 
 
+def test_a_bias_that_the_block_holds_is_found_while_it_is_zero():
+    """The block gives it to its router: the op, which had no such argument, would go on without it."""
+    model = build_tiny("minimax_m2")
+    biases = [each for name, each in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    for bias in biases:
+        bias.zero_()
+    assert biases
+    with pytest.raises(UnsupportedRouterError, match="does not cover its gate"):
+        RouterReplay(model, gating="op")
+
+
 def test_a_bias_that_moves_is_followed():
     """The selection bias of these routers is a buffer that training moves: it must be read, not remembered."""
     model = build_tiny("deepseek_v3")

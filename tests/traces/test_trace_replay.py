@@ -11,6 +11,8 @@ from trainers.watching import VOCAB
 from transformers import AutoModelForCausalLM
 
 from trl_r3 import load_trace
+from trl_r3.routers.router import Router
+from trl_r3.traces import trace_replay
 from trl_r3.traces.trace_replay import verify_trace
 
 MICRO_BATCHES = {"gradient_accumulation_steps": 2, "max_steps": 2}  # the first update gives its log-probabilities
@@ -103,6 +105,29 @@ def test_a_saved_checkpoint_is_the_model_of_its_step(qwen3, traced, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1")
     assert verify_trace(model, load_trace(paths[1])).matches
     assert not verify_trace(model, load_trace(paths[0])).matches
+
+
+def test_the_op_gates_under_autocast(qwen3, traced, gap, monkeypatch):
+    """In the dtypes of the run: attached before autocast is entered, routers would gate by their own code."""
+    run = {"routing_replay_gating": "op", "bf16": True, **MICRO_BATCHES}
+    _, paths, weights = traced(qwen3(), while_generating=gap["rounded"], **run)
+    trace, model = load_trace(paths[0]), qwen3()
+    model.load_state_dict(weights[trace.facts.step])
+    assert (trace.facts.gating, trace.facts.autocast) == ("op", "bfloat16")
+    intercepted, intercept, scored = [], Router.replay, trace_replay._scored
+
+    def note(self, *args):
+        intercepted.append(self.name)
+        return intercept(self, *args)
+
+    def score(*args):
+        intercepted.clear()  # what attaching has compared
+        return scored(*args)
+
+    monkeypatch.setattr(Router, "replay", note)
+    monkeypatch.setattr(trace_replay, "_scored", score)
+    assert verify_trace(model, trace).matches
+    assert not intercepted
 
 
 def test_adapters(qwen3, traced):

@@ -178,7 +178,9 @@ def test_evaluation_inside_a_rollout(qwen3, build, check):
     data = Dataset.from_dict({"prompt": ["abc", "d"]})
     trainer = build(qwen3(), reward=reward, eval_dataset=data, per_device_eval_batch_size=4, num_iterations=2)
     trainer.train()
-    for one in trainer.of("evaluation old policy") + trainer.of("evaluation update"):
+    scored = trainer.of("evaluation old policy") + trainer.of("evaluation update")
+    assert scored
+    for one in scored:
         check.live(trainer, one)
     for one in trainer.of("update"):
         check.replayed(one)

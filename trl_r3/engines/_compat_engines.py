@@ -59,8 +59,8 @@ def last_processor(lm: Any, process: Callable) -> Iterator[None]:
 @contextmanager
 def noted_ends(lm: Any, note: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """
-    Let `note` see after each token of `generate` which sequences (B,) have ended, where it feeds these padding from
-    then on, and the token of each. Goes when `generate` tells a user's function so.
+    Call `note(ended, tokens)`, both of shape (B,), after each token of `generate`, where it feeds padding to sequences
+    that have ended. Goes when `generate` tells a user's function so.
     """
     from transformers import StoppingCriteriaList
 

@@ -26,9 +26,9 @@ class FedTokens:
 
     Args:
         ends (sequence of `int`, *optional*):
-            Tokens behind which whoever takes the sequences cuts them: only what ends with one of these has ended. What
-            `generate` stops otherwise it fills up with padding, of which the first token may pass for an end. By
-            default nothing behind a sequence is read.
+            The tokens at which the caller cuts sequences. Only a sequence that has reached one of these counts as
+            ended: what is stopped otherwise, `generate` fills up with padding, which the caller reads up to the first
+            cut. By default nothing behind a sequence is read.
     """
 
     def __init__(self, ends: Sequence[int] | None = None) -> None:

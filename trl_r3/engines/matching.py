@@ -37,14 +37,15 @@ def match_samples(
         `ValueError`: If an entry continues no sample that is left.
     """
     entries = len(prompts)
-    shortest = min(map(len, (*prompts, *samples)), default=0)
+    shortest = min(map(len, prompts), default=0)
     alike: dict[bytes, list[int]] = {}  # samples by their beginning, so that not each is compared with each
     for sample, tokens in enumerate(samples):
         alike.setdefault(tokens[:shortest], []).append(sample)
+    cut = [sample for sample, tokens in enumerate(samples) if len(tokens) < shortest]
     prices: list[dict[int, int]] = []  # by entry: sample, price
     for entry, prompt in enumerate(prompts):
         price: dict[int, int] = {}
-        for sample in alike.get(prompt[:shortest], ()):
+        for sample in (*alike.get(prompt[:shortest], ()), *cut):
             if samples[sample].startswith(prompt) or prompt.startswith(samples[sample]):
                 price[sample] = 0
                 # no sum over the entries of what comes later outweighs one of what comes before

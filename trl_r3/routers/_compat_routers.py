@@ -11,7 +11,8 @@ from torch import nn
 _OF_SHAPE = {
     "transformers.integrations.neftune.neftune_post_forward_hook",  # its noise shrinks with the width
     "peft.tuners.lora.model._alora_offsets_pre_forward_hook",  # counts tokens from the last column
-    "peft.tuners.lora.model._adapter_names_pre_forward_hook",  # one name a row
+    # one name a row
+    *(f"peft.tuners.{tuner}.model._adapter_names_pre_forward_hook" for tuner in ("lora", "road", "glora", "hira")),
 }
 
 

@@ -25,7 +25,8 @@ def attachable(model: nn.Module) -> nn.Module:
     Raises:
         `TypeError`: If it is no Transformers model.
         `ValueError`: If it is compiled or already attached.
-        [`UnsupportedRouterError`]: If an adapter prepends tokens of its own, or the model is split into stages.
+        [`UnsupportedRouterError`]: If an adapter prepends tokens of its own, or the model is split into stages or
+            copied to several devices.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -60,10 +60,10 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
     """
     Find the routers of a mixture-of-experts causal LM and check each on its real weights.
 
-    The model scores a few tokens twice, in evaluation mode. The first forward is watched: a router is the module that
-    makes the last top-k call before the experts of its block run; its place is the decoder-layer index in its module
-    path. The second one, whose second sequence is another, checks each router inside its own call, where sharded
-    weights are gathered.
+    The model scores a few tokens twice, in evaluation mode. The first forward is watched: a router is the module
+    whose top-k call selects the ids that the experts of its block are given; its place is the decoder-layer index in
+    its module path. In the second forward, whose second sequence has other tokens, each router is checked inside its
+    own call, where sharded weights are gathered.
 
     Args:
         model (`torch.nn.Module`):
@@ -220,8 +220,8 @@ def _refuse_what_is_beside(model: nn.Module, experts: dict, watched: WatchedForw
     if ran:
         raise UnsupportedRouterError(
             f"{type(model).__name__} has {len(seen)} mixtures whose `experts` module is called, beside {len(ran)} "
-            f"({ran[0]}) that run without a call of theirs, so these would route live. Replay needs routers that hand "
-            "their selection to an `experts` module in all of them."
+            f"({ran[0]}) whose `experts` module is not called, so they would route live. Replay needs routers that "
+            "hand their selection to an `experts` module in all of them."
         )
 
 

@@ -109,8 +109,8 @@ def selection_biases(
             What it returns: logits, weights, ids.
 
     Returns:
-        list of one name, or of `None` where there is no such bias. `None` in its place where there are several, or
-        where a tensor takes part in the gate in another way than as the `bias` of the logits.
+        list of one name, or of `None` where there is no such bias. `None` instead of a list where there are several,
+        or where a tensor takes part in the gate in another way than as the `bias` of the logits.
     """
     logits, weights, ids = output
     spread = float(logits.abs().max()) + 1.0

@@ -48,5 +48,4 @@ def _choice(formula: GateFormula, module: nn.Module, logits_NE: Tensor) -> Tenso
         return None
     if formula.bias is not None:
         return expert_scores(logits_NE.float(), formula.score) + getattr(module, formula.bias)
-    has_bias = any(buffer.shape == logits_NE.shape[1:] for buffer in module.buffers(recurse=False))
-    return None if has_bias else logits_NE
+    return logits_NE

@@ -149,6 +149,9 @@ def with_gating_op(
     in_float32 = _product(router, forward, args, logits_NE)
     if in_float32 is None:
         return None
+    given = [value for value in (*args[1:], *kwargs.values()) if torch.is_tensor(value)]
+    if any(value.is_floating_point() and value.shape[-1:] == (router.num_experts,) for value in given):
+        return None  # a bias that the block holds, and that may still be zero
     biases = selection_biases(router, forward, args, kwargs, output)
     if biases is None:
         return None
@@ -202,7 +205,7 @@ def _product(router: Router, forward: Callable, args: tuple, logits_NE: Tensor) 
 
 
 def _is_unknown(child: nn.Module) -> bool:
-    return drops_out(child) or any(True for _ in child.parameters())
+    return drops_out(child) or any(True for _ in chain(child.parameters(), child.buffers()))
 
 
 def _gradients(

@@ -70,6 +70,8 @@ class Padding:
         done = {"all": "skipped, but kept in rollouts", "experts": "skipped by experts only", "none": "kept"}
         if self.mode == "all":
             return f"{done[self.mode]}: {self.why}"
+        if self._why_not_trimmed == self.why:  # said once
+            return f"{done[self.mode]}: {self.why}"
         columns = "trimmed" if self._trims else f"kept: {self._why_not_trimmed}"
         return f"{done[self.mode]}: {self.why} (columns behind all sequences are {columns})"
 
@@ -86,7 +88,8 @@ class Padding:
         """
         Skip it from now on, by all modules and, where these cannot, by the experts, if the model allows.
 
-        Nothing is tried in front of a watcher, who would count the rows of the trial with those of a batch.
+        Nothing is tried in front of a watcher, who would count the rows of the trial with those of a batch. One that
+        comes with a forward is seen in the padded run, and nothing more is tried.
         """
         try:
             watchers = Watchers(model, self.current, [router.module for router in replay.routers])

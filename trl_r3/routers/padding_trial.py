@@ -61,7 +61,7 @@ class PaddingTrial:
         self._watched_by: str | None = None
 
     def pad(self) -> str | None:
-        """Run it padded. What was raised, or watched it, if something did."""
+        """Run it padded. The error that it raised, or the hook that watched it, if any."""
         found = self._try("padded")
         if isinstance(found, str):
             return found

@@ -85,7 +85,7 @@ class RecordingPass(LivePass):
         End the forward.
 
         Returns:
-            `torch.Tensor` of shape `(N, L, K)`: Packed ids that it executed, missing in rows that went to no expert.
+            `torch.Tensor` of shape `(N, L, K)`: Packed ids that it executed, missing where a row went to no expert.
 
         Raises:
             `RuntimeError`: If it did not go through every router once.

@@ -17,7 +17,7 @@ from .._compat import execution_device, fetches_weights, forget_forwards, shard_
 from .self_check import UnsupportedRouterError, evaluating
 from .top_k import TopKWatch
 
-PROBE_BATCH, PROBE_TOKENS = 2, 9  # together no number of experts that models have
+PROBE_BATCH, PROBE_TOKENS = 2, 9  # no model has 18 experts: a dimension of 18 is that of the tokens
 
 
 @dataclass
@@ -100,7 +100,7 @@ def probe(
 
 
 def run_probe(model: nn.Module, embed: Callable[[Tensor], Tensor] | None = None, another_second: bool = False) -> None:
-    """Score a few tokens, with `another_second` of two sequences."""
+    """Score two short sequences, of which the second has other tokens with `another_second`."""
     embedding = embedding_of(model)
     device = input_device(model)
     if device is None:

@@ -33,10 +33,11 @@ def selecting(event: Event, names: dict) -> TopK | None:
             Paths of modules.
     """
     inside = [topk for topk in inside_of(event, names) if topk.of_tokens]
+    found = [topk for topk in inside if any(same_ids(ids, topk.ids) for ids in event.ids_args)]
+    if found:
+        return found[-1]
     given = [ids for ids in event.ids_args if _may_be_experts(ids, inside)]
-    found = [topk for topk in inside if any(same_ids(ids, topk.ids) for ids in given)]
-    if given and not found:
-        found = [topk for topk in inside if any(skips_one(ids, topk.ids) for ids in given)]
+    found = [topk for topk in inside if any(skips_one(ids, topk.ids) for ids in given)]
     return next(reversed(found if given else inside), None)
 
 

@@ -1,7 +1,7 @@
 """Who else looks at what goes through the decoder: whoever counts the rows there expects those of the batch.
 
 A hook on a module in the decoder, or on all that there are, is a watcher, and a forward of its own that experts or a
-router were given, unless a library put it there that does not look at the shape of a batch.
+router were given, unless it is a library's and does not depend on the shape of the batch.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Legend: B samples of a forward, T tokens with padding, C completion tokens of al
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,8 @@ def verify_trace(model: nn.Module, trace: Trace) -> TraceCheck:
             f"the trace has token {largest_id}, this model {vocabulary} embeddings. Pass the model that was trained."
         )
     padding = "keep" if trace.facts.padding == "none" else "auto"
-    with _as_in(model, trace), RouterReplay(model, trace.facts.gating, padding) as replay:
+    # autocast from attaching on: a gate is compared, and taken over, in the dtypes that it computes in
+    with _as_in(model, trace), _autocast(model, trace), RouterReplay(model, trace.facts.gating, padding) as replay:
         if replay.layout != trace.layout:
             raise ValueError(
                 f"the trace is of {trace.layout}, this model is {replay.layout}. Pass the model of the trace."
@@ -157,21 +158,24 @@ def _as_in(model: nn.Module, trace: Trace) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+def _autocast(model: nn.Module, trace: Trace) -> AbstractContextManager:
+    if trace.facts.autocast == "no":
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, getattr(torch, trace.facts.autocast))
+
+
 def _scored(model: Any, replay: RouterReplay, trace: Trace) -> Iterator[Tensor]:
     """(C_i,) of each sample, in the order of the trace."""
-    facts, device = trace.facts, next(model.parameters()).device
+    device = next(model.parameters()).device
     for samples, ids_BT, mask_BT, prompt_width in trace.batches():
         batch = ScoredBatch(samples, prompt_width, trace.layout)
         ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
         labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
         labels_BT[:, :prompt_width] = -100
-        autocast: Any = nullcontext()
-        if facts.autocast != "no":
-            autocast = torch.autocast(device.type, getattr(torch, facts.autocast))
         head: Any = nullcontext()
         if trace.kept_ids is not None:
             head = restricted_head(model, MaskedBatch(samples, prompt_width))
-        with replay.replay_from(batch), head, autocast:
+        with replay.replay_from(batch), head:
             output = model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT, fused_lm_head=True)
         logprobs_BT = output.log_probs[:, prompt_width - 1 :].to(trace.train_logprobs.dtype).cpu()
         for row, sample in enumerate(samples):

@@ -188,7 +188,7 @@ def check_switches(args: Any, session: Any) -> None:
 
 def check_generation(trainer: Any, routes: bool) -> None:
     """
-    Refuse rollouts of the policy itself that could not be recorded.
+    Refuse rollouts of the policy itself that could not be recorded, and warn of ends that TRL does not cut at.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):

@@ -22,7 +22,7 @@ HOW_LARGE = (
     "This mismatch is made, and large: noise of {noise:g} standard deviations on the router logits of the rollout, "
     "which changes {changed:.0%} of its expert selections and gives a k3 of {k3:.2f} before the first update. Real "
     "engines give 0.001 to 0.01 in bfloat16 and fp8, where no gain was found; gains began at about 0.05 "
-    "(docs/when_it_helps.md). `trl-r3 report` calls such a run unhealthy: so little agreement is no engine's."
+    "(docs/when_it_helps.md). `trl-r3 report` calls such a run unhealthy: no real engine agrees so little."
 )
 
 
