@@ -257,5 +257,5 @@ def test_a_part_of_the_layers_alone_is_refused(qwen):
     """The others would route live, whatever the record says."""
     mlp = qwen.model.layers[3].mlp
     qwen.model.layers[3].mlp = ByOne(mlp.gate, mlp.experts)
-    with pytest.raises(UnsupportedRouterError, match=r"1 mixtures .* beside 1 \(model\.layers\.3\.mlp\) that run"):
+    with pytest.raises(UnsupportedRouterError, match=r"1 mixtures .* beside 1 \(model\.layers\.3\.mlp\) whose"):
         RouterReplay(qwen)

@@ -68,9 +68,7 @@ class Padding:
         if self.why is None:
             return "skipped"
         done = {"all": "skipped, but kept in rollouts", "experts": "skipped by experts only", "none": "kept"}
-        if self.mode == "all":
-            return f"{done[self.mode]}: {self.why}"
-        if self._why_not_trimmed == self.why:  # said once
+        if self.mode == "all" or (self.mode == "none" and self._why_not_trimmed == self.why):  # said once
             return f"{done[self.mode]}: {self.why}"
         columns = "trimmed" if self._trims else f"kept: {self._why_not_trimmed}"
         return f"{done[self.mode]}: {self.why} (columns behind all sequences are {columns})"
