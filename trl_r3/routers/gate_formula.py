@@ -110,8 +110,12 @@ def selection_biases(
 
     Returns:
         list of one name, or of `None` where there is no such bias. `None` instead of a list where there are several,
-        or where a tensor takes part in the gate in another way than as the `bias` of the logits.
+        where a tensor takes part in the gate in another way than as the `bias` of the logits, or where the router is
+        given one.
     """
+    given = [value for value in (*args[1:], *kwargs.values()) if torch.is_tensor(value)]
+    if any(value.is_floating_point() and value.shape[-1:] == (router.num_experts,) for value in given):
+        return None  # a bias that the block holds, and that may still be zero
     logits, weights, ids = output
     spread = float(logits.abs().max()) + 1.0
     found: list[str | None] = []

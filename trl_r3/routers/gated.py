@@ -121,7 +121,7 @@ def with_gating_op(
 ) -> GatedRouter | None:
     """
     Find arguments with which the op equals the gate of a router, on its own selection and on a foreign one: weights,
-    ids, and the gradients of its inputs and parameters.
+    ids (but for ties), and the gradients of its inputs and parameters.
 
     Args:
         router ([`Router`]):
@@ -149,9 +149,6 @@ def with_gating_op(
     in_float32 = _product(router, forward, args, logits_NE)
     if in_float32 is None:
         return None
-    given = [value for value in (*args[1:], *kwargs.values()) if torch.is_tensor(value)]
-    if any(value.is_floating_point() and value.shape[-1:] == (router.num_experts,) for value in given):
-        return None  # a bias that the block holds, and that may still be zero
     biases = selection_biases(router, forward, args, kwargs, output)
     if biases is None:
         return None
