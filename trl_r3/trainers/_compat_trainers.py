@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._compat import swapped, warn
+from ..engines.generate import end_tokens
 
 _BESIDE_TOKENS = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
@@ -78,10 +79,9 @@ def warn_of_unknown_ends(trainer: Any) -> None:
     on the padding behind others, given in `generation_kwargs`. Goes when TRL cuts at these, too.
     """
     known = getattr(trainer, "eos_token_ids", None)  # IW-OPD cuts padding off
-    given = trainer.generation_config.eos_token_id
-    if known is None or given is None:
+    if known is None:
         return
-    unknown = sorted({*([given] if isinstance(given, int) else given)} - {*known})
+    unknown = sorted({*end_tokens(trainer.model, {"generation_config": trainer.generation_config})} - {*known})
     if unknown:
         warn(
             f"`generation_kwargs` ends completions at tokens {unknown}, but TRL cuts them at {sorted(known)}, "
