@@ -239,8 +239,13 @@ def routes_section(config: dict[str, Any]) -> dict[str, Any]:
 
 def request(url: str, body: Any = None) -> Any:
     """GET, or POST of JSON where there is a body; the answer's JSON, or `None` where it is empty."""
+    text = read(url, body)
+    return json.loads(text) if text else None
+
+
+def read(url: str, body: Any = None) -> bytes:
+    """GET, or POST of JSON where there is a body; the answer as it came."""
     data = None if body is None else json.dumps(body).encode()
     message = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(message, timeout=120) as response:
-        text = response.read()
-    return json.loads(text) if text else None
+        return response.read()

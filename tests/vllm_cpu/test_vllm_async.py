@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import time
 
 import cpu_engine
 import numpy as np
@@ -32,7 +33,12 @@ MOE_LAYERS = [0, 2, 3]
 
 
 class SentWeights:
-    """A transfer for TRL's `weight_transfer`, by TRL's client for synchronous training; keeps what was sent."""
+    """
+    A transfer for TRL's `weight_transfer`, by TRL's client for synchronous training; keeps what was sent.
+
+    Updates come while the server answers: on busy cores the loop that asks can lag so far behind the trainer that no
+    request would meet one.
+    """
 
     def __init__(self, base_url: str, sent: list[dict[str, torch.Tensor]]):
         from trl.generation.vllm_client import VLLMClient
@@ -44,6 +50,8 @@ class SentWeights:
         self.client.init_communicator(torch.device("cpu"))
 
     def pause(self) -> None:
+        if self.sent:  # the first weights come before any request
+            wait_until_answering(self.client.base_url)
         cpu_engine.request(f"{self.client.base_url}/pause?mode=keep", {})
 
     def send_weights(self, iterator) -> None:
@@ -59,6 +67,28 @@ class SentWeights:
 
     def destroy(self) -> None:
         self.client.close_communicator()
+
+
+def wait_until_answering(base_url: str, timeout: float = 60.0) -> None:
+    """Return in the middle of answers: some are running, and have got tokens since the call."""
+    deadline = time.monotonic() + timeout
+    first = None
+    while True:
+        running, tokens = read_counters(base_url, "vllm:num_requests_running", "vllm:generation_tokens_total")
+        first = tokens if first is None else first
+        if running and tokens > first:
+            return
+        assert time.monotonic() < deadline, f"the server answers nothing: {running} running, {tokens - first} tokens"
+        time.sleep(0.002)
+
+
+def read_counters(base_url: str, *names: str) -> list[float]:
+    """Of the server's metrics: those of these names."""
+    from prometheus_client.parser import text_string_to_metric_families  # vLLM's own
+
+    families = text_string_to_metric_families(cpu_engine.read(f"{base_url}/metrics").decode())
+    values = {sample.name: sample.value for family in families for sample in family.samples}
+    return [values[name] for name in names]
 
 
 @pytest.fixture
