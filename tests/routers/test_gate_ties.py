@@ -1,10 +1,12 @@
 """Gates whose logits tie are those that the op computes, and wrong formulas do not pass as ties."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 from model_zoo import build_tiny
+from routers.wrong_gradients import with_gradient_times
 from torch import nn
 
 from trl_r3 import RouterReplay, UnsupportedRouterError
@@ -54,19 +56,9 @@ def test_without_regard_to_ties_they_are_not(monkeypatch, numerics):
         RouterReplay(model, gating="op")
 
 
-class _Steeper(torch.autograd.Function):
-    """The value as it is, and a gradient that is off by a twentieth."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 1.05 * gradient
-
-
-@pytest.mark.parametrize("bent", [lambda weights: 1.05 * weights, _Steeper.apply], ids=["weights", "gradients"])
+@pytest.mark.parametrize(
+    "bent", [lambda weights: 1.05 * weights, partial(with_gradient_times, 1.05)], ids=["weights", "gradients"]
+)
 def test_a_gate_that_is_off_is_refused_in_bfloat16_too(monkeypatch, bent):
     model = many_experts().bfloat16()
     gates = type(next(module for name, module in model.named_modules() if name.endswith("mlp.gate")))

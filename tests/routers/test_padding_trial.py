@@ -8,6 +8,7 @@ from engines.tiny_chat import tiny_qwen3_moe
 from model_zoo import build_tiny
 from oracles import give_forward
 from peft import LoraConfig, get_peft_model
+from routers.wrong_gradients import with_gradient_times
 
 from trl_r3 import RouterReplay
 from trl_r3.cli.experts import experts_of
@@ -21,23 +22,11 @@ from trl_r3.routers.watchers import Watchers
 ROWS = 39  # of the trial, with padding
 
 
-class TwiceInBackward(torch.autograd.Function):
-    """The value as it is, and twice its gradient."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
-
-
 def wrong_in_attention(model, monkeypatch):
     own = PackedAttention._attend
 
     def attend(self, attention, module, query, key, value, *args, **kwargs):
-        value = value if query.shape[2] == 13 else TwiceInBackward.apply(value)
+        value = value if query.shape[2] == 13 else with_gradient_times(2, value)
         return own(self, attention, module, query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(PackedAttention, "_attend", attend)
@@ -48,7 +37,7 @@ def wrong_in_compaction(model, monkeypatch):
 
     def experts(self, forward, args, kwargs):
         output = own(self, forward, args, kwargs)
-        return TwiceInBackward.apply(output) if self.active.current.real is not None else output
+        return with_gradient_times(2, output) if self.active.current.real is not None else output
 
     monkeypatch.setattr(CompactExperts, "_experts", experts)
 
@@ -62,7 +51,7 @@ def wrong_in_weights(model, monkeypatch):
         if hidden.shape[0] == ROWS:
             return own(hidden, *args, **kwargs)
         del first.down_proj
-        first.down_proj = TwiceInBackward.apply(weight)
+        first.down_proj = with_gradient_times(2, weight)
         output = own(hidden, *args, **kwargs)
         del first.down_proj
         first.down_proj = weight

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from trainers.masking import TOP_P, Noting, dense
-from trainers.runs import build, check, gap, qwen3, settings, traced, train
+from trainers.runs import SHORT, build, check, gap, qwen3, settings, traced, train
 from trainers.watching import EOS, PAD, VOCAB, distinct_characters, make_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOTrainer
@@ -54,19 +54,9 @@ def make_masked(tmp_path):
     def build(model=None, kind=(R3GRPOConfig, R3GRPOTrainer, GRPOTrainer), saved=False, **changes):
         settings = {
             "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "per_device_train_batch_size": 4,
+            **SHORT,
             "num_generations": 2,
-            "max_completion_length": 8,
-            "max_steps": 2,
-            "logging_steps": 1,
             "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "log_level": "error",
             "top_p": TOP_P,
             "use_sampling_mask_replay": True,
         }

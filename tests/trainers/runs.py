@@ -29,6 +29,20 @@ CHECKPOINTING = {
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "non_reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
 }
+# of a run of a second on a CPU
+SHORT = {
+    "use_cpu": True,
+    "bf16": False,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 8,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "log_level": "error",
+}
 OLD_POLICY = {"num_iterations": 2, "max_steps": 3}  # TRL scores the old policy itself
 
 
@@ -68,19 +82,9 @@ def settings(tmp_path):
     def make(**changes):
         small = {
             "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "per_device_train_batch_size": 4,
+            **SHORT,
             "num_generations": 2,
-            "max_completion_length": 8,
-            "max_steps": 2,
-            "logging_steps": 1,
             "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "log_level": "error",
             "use_routing_replay": True,
             # ends come early now and then, and padding is never sampled
             "generation_kwargs": {"sequence_bias": [[[EOS], 2.0]], "suppress_tokens": [PAD]},

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from oracles import changed_rows, padded, stacked
 from torch import Tensor
+from trainers.runs import SHORT
 from trainers.watching import PROMPTS, distinct_characters, make_tokenizer, scrambled_routers
 
 from trl_r3 import (
@@ -216,18 +217,8 @@ def make_student(kind, folder, model, teacher=None, trainer_class=None, scramble
     """A trainer of one of the kinds, for a run of a second, and the watch on its student."""
     settings = {
         "output_dir": str(folder / "out"),
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 8,
-        "max_steps": 2,
-        "logging_steps": 1,
+        **SHORT,
         "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "log_level": "error",
         "gradient_checkpointing": False,
         "use_routing_replay": True,
         **OWN_SETTINGS[kind],
