@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from sharded.launching import TORCHRUN, TRAIN, Case, Launch, accelerate_launch, of_config
+from sharded.train_kinds import KINDS
 
 VERIFY = "sharded.verify_sharded"
 SYNC = "sharded.sync_sharded"
@@ -116,6 +117,19 @@ def biased(config: str) -> list[Case]:
     return [Case(f"{config} biased", "sharded.train_biased", [])] if config.startswith("fsdp2") else []
 
 
+KINDS_BY = {"single_gpu lora": ["--lora"], "ddp": [], "fsdp2": [], "fsdp2 lora": ["--lora"], "zero3": []}
+
+
+def of_kinds(config: str) -> list[Case]:
+    """The other trainers, and GRPO with tools."""
+    return [
+        Case(f"{by} {kind}", "sharded.train_kinds", [kind, *options])
+        for by, options in KINDS_BY.items()
+        for kind in KINDS
+        if by.split()[0] == config
+    ]
+
+
 def asynchronous(config: str) -> list[Case]:
     """TRL's AsyncGRPO, which knows DDP and FSDP2."""
     options: dict[str, list] = {"async": [], "async error": ["--fails"]}
@@ -125,9 +139,10 @@ def asynchronous(config: str) -> list[Case]:
 
 def launches(url: str) -> dict[str, Launch]:
     """Each config is launched once, as users launch it."""
-    found = {"single_gpu": Launch(of_config("single_gpu", 1), trainings("single_gpu", url), 1)}
+    alone = trainings("single_gpu", url) + of_kinds("single_gpu")
+    found = {"single_gpu": Launch(of_config("single_gpu", 1), alone, 1)}
     for config in ("ddp", "fsdp2", "fsdp2_activation_checkpointing", "zero2", "zero3"):
-        more = VERIFIED.get(config, []) + biased(config) + asynchronous(config)
+        more = VERIFIED.get(config, []) + biased(config) + of_kinds(config) + asynchronous(config)
         found[config] = Launch(of_config(config), trainings(config, url) + more)
     settings = ["--use_deepspeed", "--deepspeed_config_file", "zero3.json", "--zero3_init_flag", "true"]
     found["zero3.json"] = Launch(accelerate_launch(settings), [verified("zero3", "model", "--json")])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from engines.fake_vllm import fake_vllm
-from engines.tiny_chat import tiny_qwen3_moe
+from engines.tiny_chat import make_tokenizer, tiny_qwen3_moe
 from peft import LoraConfig, get_peft_model
 from sharded.cases import launches
 from sharded.launching import Results, once, shared_folder
@@ -33,11 +33,13 @@ ZERO3 = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Two models, an adapter of one that says something, and DeepSpeed's settings; here the launches write."""
+    """Models, an adapter of one that says something, and DeepSpeed's settings; here the launches write."""
     folder = shared_folder(tmp_path_factory, "sharded")
     with once(folder / "models") as first:
         if first:
             tiny_qwen3_moe().save_pretrained(folder / "model")
+            tiny_qwen3_moe(1).save_pretrained(folder / "teacher")
+            make_tokenizer().save_pretrained(folder / "teacher")
             base = tiny_qwen3_moe()
             base.name_or_path = str(folder / "model")
             adapter = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))

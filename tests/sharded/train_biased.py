@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from engines.tiny_chat import VOCAB_SIZE, make_tokenizer
+from sharded.train_sharded import let_accelerate_read_fsdp
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from trl_r3 import R3GRPOConfig, R3GRPOTrainer
@@ -33,28 +33,22 @@ def bias_of(model: Any) -> torch.Tensor:
     return model.model.layers[1].mlp.gate.e_score_correction_bias
 
 
-class OnCpus(R3GRPOTrainer):
-    """Accelerate reads settings of FSDP beside GPUs only."""
-
-    def create_accelerator_and_postprocess(self):
-        PartialState().distributed_type = DistributedType.MULTI_GPU
-        super().create_accelerator_and_postprocess()
-
-
 def run(folder: Path, name: str, options: list[str]) -> dict[str, Any]:
     """What a rank has trained and replayed, and the bias that it holds."""
-    trainer = OnCpus(
+    args = R3GRPOConfig(
+        str(folder / name), use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=2,
+        max_completion_length=8, max_steps=1, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_routing_replay=True, model_init_kwargs={"dtype": "float32"},
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    let_accelerate_read_fsdp()
+    trainer = R3GRPOTrainer(
         model=str(folder / "biased"),
-        args=R3GRPOConfig(
-            str(folder / name), use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=2,
-            max_completion_length=8, max_steps=1, logging_steps=1, save_strategy="no", report_to="none",
-            disable_tqdm=True, use_routing_replay=True, model_init_kwargs={"dtype": "float32"},
-            gradient_checkpointing=False,
-        ),
+        args=args,
         reward_funcs=lambda completion_ids, **kwargs: [float(len(set(ids))) for ids in completion_ids],
         train_dataset=Dataset.from_dict({"prompt": ["t30 t31 t32", "t40"] * 8}),
         processing_class=make_tokenizer(),
-    )  # fmt: skip
+    )
     trainer.train()
     (log,) = (log for log in trainer.state.log_history if "loss" in log)
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -71,9 +71,7 @@ class Watched(R3GRPOTrainer):
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self):
-        state = PartialState()
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type is DistributedType.MULTI_CPU:
-            state.distributed_type = DistributedType.MULTI_GPU  # Accelerate reads settings of FSDP beside GPUs only
+        let_accelerate_read_fsdp()
         super().create_accelerator_and_postprocess()
 
     def _note(self, layer: int, ids_NK: torch.Tensor) -> None:
@@ -113,6 +111,13 @@ class Watched(R3GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
         self.batch = input_ids.clone(), attention_mask.clone()  # until the backward of this pass is over
         return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+
+
+def let_accelerate_read_fsdp() -> None:
+    """It reads settings of FSDP beside GPUs only. Called between a config and its trainer, which make both states."""
+    state = PartialState()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type is DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def parse(options: list[str]) -> argparse.Namespace:

@@ -77,11 +77,13 @@ class ForwardWatch:
     Args:
         model (`torch.nn.Module`):
             The model, in whatever wrapper.
+        live (`bool`, *optional*, defaults to `True`):
+            Keep a copy and the weights of each forward, to say what live routing would have been.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, live=True):
         self.model, self.forwards, self._open = model, [], None
-        self.pristine = copy.deepcopy(model).eval()
+        self.pristine = copy.deepcopy(model).eval() if live else None
         self._hooks = ExitStack()
         self._hooks.enter_context(watched_experts(model, self._note))
         decoder = find_causal_lm(model).model
@@ -89,7 +91,9 @@ class ForwardWatch:
         decoder.register_forward_hook(self._leave)
 
     def _enter(self, module, args, kwargs):
-        weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        weights = {}
+        if self.pristine is not None:
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         mask = kwargs.get("attention_mask")
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         mask = torch.ones_like(ids) if mask is None else mask
