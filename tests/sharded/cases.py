@@ -132,9 +132,11 @@ def of_kinds(config: str) -> list[Case]:
 
 def asynchronous(config: str) -> list[Case]:
     """TRL's AsyncGRPO, which knows DDP and FSDP2."""
-    options: dict[str, list] = {"async": [], "async error": ["--fails"]}
-    known = config in ("ddp", "fsdp2") and importlib.util.find_spec("aiohttp") is not None
-    return [Case(f"{config} {name}", "trainers.two_async", each) for name, each in options.items() if known]
+    options: dict[str, list] = {"async": [], "async error": ["--fails"], "async lora": ["--lora"]}
+    known = {"ddp": ["async", "async error"], "fsdp2": list(options), "zero3": ["async"]}.get(config, [])
+    if importlib.util.find_spec("aiohttp") is None:
+        return []
+    return [Case(f"{config} {name}", "trainers.two_async", options[name]) for name in known]
 
 
 def launches(url: str) -> dict[str, Launch]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from sharded.launching import needs_deepspeed
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_every_row_of_every_process_is_that_of_the_server(results, config):
+@pytest.mark.parametrize("name", ["ddp async", "fsdp2 async", "fsdp2 async lora"])
+def test_every_row_of_every_process_is_that_of_the_server(results, name):
     pytest.importorskip("aiohttp", reason="TRL's rollout process needs `pip install aiohttp`")
-    first, second = results(f"{config} async")
+    first, second = results(name)
     assert first["tokens"] != second["tokens"], "each process has rows of its own"
     for each in (first, second):
         assert (each["wrong"], each["total"] > 100, min(each["changed"]) > 0.5) == (0, True, True)
@@ -23,3 +24,11 @@ def test_an_error_in_records_is_one_on_all_processes(results, config):
     first, second = results(f"{config} async error")
     assert first == second
     assert "have no record, but `routing_replay_max_missing` allows 0.00%" in first["error"]
+
+
+@needs_deepspeed
+def test_weights_that_trl_does_not_gather_are_refused(results):
+    pytest.importorskip("aiohttp", reason="TRL's rollout process needs `pip install aiohttp`")
+    first, second = results("zero3 async")
+    assert first == second
+    assert "the ZeRO stage is 3, and TRL's asynchronous GRPO would send the server empty weights" in first["error"]

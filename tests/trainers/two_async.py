@@ -12,6 +12,7 @@ import torch
 from engines.fake_vllm import serving
 from engines.model_server import CopiedWeights, ModelServer
 from engines.tiny_chat import make_tokenizer, tiny_qwen3_moe
+from peft import LoraConfig
 from trainers.async_runs import ThreadedWorker, count_wrong, make_trainer, without_gpu
 from trl.experimental.async_grpo import async_grpo_trainer
 
@@ -31,16 +32,18 @@ def run(folder: Path, name: str, options: list[str]) -> dict[str, Any]:
     server = ModelServer()
     server.start(tiny_qwen3_moe(), returns_routes="--fails" not in options)
     with serving(server) if rank == "0" else nullcontext():
-        return trained(own, server)
+        return trained(own, server, "--lora" in options)
 
 
-def trained(folder: Path, server: ModelServer) -> dict[str, Any]:
+def trained(folder: Path, server: ModelServer, lora: bool) -> dict[str, Any]:
     held = watch_held_rows()
-    trainer = make_trainer(
-        server, folder / "model", folder / "out", transfer=CopiedWeights(server), routing_replay_alarm="off",
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, ddp_timeout=60,
-    )  # fmt: skip
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None
     try:
+        trainer = make_trainer(
+            server, folder / "model", folder / "out", transfer=CopiedWeights(server), routing_replay_alarm="off",
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, ddp_timeout=60,
+            peft_config=adapter,
+        )  # fmt: skip
         trainer.train()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

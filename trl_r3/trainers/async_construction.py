@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 from .._compat import warn
@@ -51,6 +52,20 @@ def check_async_config(args: Any) -> None:
                 f"`{name}` is {getattr(args, name)!r}, expected one of {choices}. Set it so, or leave it out for the "
                 f"default, {choices[0]!r}."
             )
+
+
+def check_partitions() -> None:
+    """
+    Refuse ZeRO-3, whose weights TRL's asynchronous trainer does not gather before it sends them.
+
+    Raises:
+        `ValueError`: If DeepSpeed is set to stage 3.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "the ZeRO stage is 3, and TRL's asynchronous GRPO would send the server empty weights: it gathers those "
+            "of FSDP2 alone. Launch with FSDP2, `fsdp_version: 2` in the config of Accelerate."
+        )
 
 
 def check_worker(worker: Any) -> None:

@@ -11,6 +11,7 @@ from .async_construction import (
     IN_FLIGHT,
     SHARED_ROWS,
     check_async_config,
+    check_partitions,
     check_server,
     check_worker,
     warn_of_ratio,
@@ -90,6 +91,8 @@ class R3AsyncGRPOTrainer(AttachedTrainer, AsyncGRPOTrainer):
         config: Any = config_from(args, kwargs)
         replays = bool(getattr(config, "use_routing_replay", False))
         check_setup(config, kwargs.get("model", args[0] if args else None), replays, masks=False)
+        if replays:
+            check_partitions()
         super().__init__(*args, **kwargs)
         if not replays:
             warn_if_off(type(self), config)
