@@ -33,7 +33,7 @@ class FakeEngine:
 
 
 def colocated(engine, ranks=1):
-    generation = SimpleNamespace(llm=engine, tensor_parallel_size=ranks, tp_group=None)
+    generation = SimpleNamespace(llm=engine, tensor_parallel_size=ranks, tp_group=None, generate=lambda prompts: None)
     return SimpleNamespace(vllm_generation=generation)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .._compat import swapped
 from ..records.record import RoutingLayout, to_record
 from ._compat_engines import pause_in_mode_keep
+from .equal_shares import equal_shares
 from .known_routes import KnownRoutes
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
 from .vllm_masks import decode_vllm_mask
@@ -148,7 +149,11 @@ def recorded_llm(
             ]
         return Turn(prompt_ids, completion_ids, records, masks=kept)
 
-    with swapped(llm, "generate", generate):
+    generation = trainer.vllm_generation
+    shares: AbstractContextManager = nullcontext()
+    if generation.tensor_parallel_size > 1:
+        shares = equal_shares(trainer, "`vllm_tensor_parallel_size=1`", generation.tp_group)
+    with shares, swapped(llm, "generate", generate):
         yield make_turn
 
 

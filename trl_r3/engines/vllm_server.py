@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from .._compat import swapped
 from ..records.record import RoutingLayout, to_record
 from ..records.sampling_mask import SamplingMask
 from ._compat_engines import name_tokens
+from .equal_shares import equal_shares
 from .known_routes import KnownRoutes
 from .payloads import decode_vllm_http
 from .turns import MakeTurn, Prompts, SamplingTrainer, Turn
@@ -182,6 +183,9 @@ def recorded_server(
     Yields:
         What makes the [`Turn`] once the call has returned.
     """
+    shares: AbstractContextManager = nullcontext()
+    if trainer.accelerator.num_processes > 1:
+        shares = equal_shares(trainer, "`vllm_mode='colocate'`")
     client = trainer.vllm_generation.vllm_client if trainer.accelerator.is_main_process else None
 
     def make_turn(prompt_ids: Prompts, completion_ids: Prompts) -> Turn:
@@ -195,7 +199,8 @@ def recorded_server(
     if client is not None:
         client.known_routes = known
     try:
-        yield make_turn
+        with shares:
+            yield make_turn
     finally:
         if client is not None:
             client.known_routes = None
