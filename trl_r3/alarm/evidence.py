@@ -103,8 +103,8 @@ class RoutingEvidence:
         self._pool: list[Rows] = []
         # the sum over a set of random numbers, one for each expert, stands for the set
         shape = (2, len(layout.moe_layers), layout.num_experts)
-        random = torch.Generator().manual_seed(0)
-        self._marks_live, self._marks_recorded = torch.randint(-(2**62), 2**62, shape, generator=random)
+        random = torch.Generator("cpu").manual_seed(0)
+        self._marks_live, self._marks_recorded = torch.randint(-(2**62), 2**62, shape, generator=random, device="cpu")
 
     @property
     def rows(self) -> int:
@@ -161,7 +161,7 @@ class RoutingEvidence:
 
 def set_marks(marks_LE: Tensor, ids_MLK: Tensor) -> Tensor:
     """One number for each set of experts of a layer, (M, L), whatever the order of its ids."""
-    layers = torch.arange(marks_LE.shape[0])[:, None]
+    layers = torch.arange(marks_LE.shape[0], device="cpu")[:, None]
     return marks_LE[layers, ids_MLK.long()].sum(-1)
 
 

@@ -86,7 +86,7 @@ class Rows(NamedTuple):
 def _shares(ids_MLK: Tensor, num_experts: int) -> Tensor:
     """Share of rows whose set has an expert, (L, E)."""
     rows, layers = ids_MLK.shape[:2]
-    slots = ids_MLK.long() + num_experts * torch.arange(layers)[:, None]
+    slots = ids_MLK.long() + num_experts * torch.arange(layers, device="cpu")[:, None]
     counts = torch.bincount(slots.flatten(), minlength=layers * num_experts)
     return counts.reshape(layers, num_experts).double() / rows
 
@@ -112,14 +112,14 @@ class _Samples:
         self.pairs_S = torch.bincount(self.index_M) * layers_L.sum()
         # equal pairs of a sample are one token seen several times
         marks, order = (rows.pairs[:, layers_L] + self.index_M[:, None] * 0x5851F42D4C957F2D).flatten().sort()
-        first = torch.cat([torch.ones(1, dtype=torch.bool), marks[1:] != marks[:-1]])
+        first = torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), marks[1:] != marks[:-1]])
         sample = self.index_M.repeat_interleave(int(layers_L.sum()))[order[first]]
         self.distinct_S = torch.bincount(sample, minlength=len(self.numbers_S))
         self.enough_S = (self.pairs_S >= MIN_PAIRS) & (self.distinct_S >= MIN_DISTINCT)
 
     def mean_and_error(self, values_ML: Tensor) -> tuple[Tensor, Tensor]:
         """Of each sample, over rows and layers: (S,) each."""
-        sums_2S = torch.zeros(2, len(self.numbers_S), dtype=torch.float64)
+        sums_2S = torch.zeros(2, len(self.numbers_S), dtype=torch.float64, device="cpu")
         sums_2S.index_add_(1, self.index_M, torch.stack([values_ML.sum(1), values_ML.square().sum(1)]))
         mean_S, square_S = sums_2S / self.pairs_S
         return mean_S, ((square_S - mean_S.square()).clamp_min(0) / self.distinct_S).sqrt()

@@ -123,7 +123,7 @@ class RecordedSteps:
 
     def logprobs(self, request: str, output: Any) -> Tensor:
         """Of shape `(C,)`, of the tokens that a request sampled."""
-        return torch.tensor([draw.logprob for draw in self.draws(request, output)])
+        return torch.tensor([draw.logprob for draw in self.draws(request, output)], dtype=torch.float32, device="cpu")
 
     def mask(self, request: str, output: Any) -> SamplingMask:
         """Of C rows."""

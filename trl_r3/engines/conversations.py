@@ -162,7 +162,7 @@ class Conversation:
                 fault = str(error)
         if record is None:
             size = (fed - known, len(self.layout.moe_layers), self.layout.top_k)
-            record = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype)
+            record = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype, device="cpu")
         held = tuple(self.routes._cut(0, known))
         new = (Piece(record, *versions),) if len(record) else ()
         self.tokens = [*prompt, *completion]

@@ -32,7 +32,7 @@ class FedTokens:
     """
 
     def __init__(self, ends: Sequence[int] | None = None) -> None:
-        self._ends = None if ends is None else torch.tensor(list(ends), dtype=torch.int64)
+        self._ends = None if ends is None else torch.tensor(list(ends), dtype=torch.int64, device="cpu")
         self._ended_B: Tensor | None = None  # on the device
         self._known_B: Tensor | None = None  # on the host
         self._arriving: list[tuple[Any, Tensor]] = []

@@ -99,7 +99,9 @@ class SampledTokens:
             self._score(sequences[:, -1])
         width = sequences.shape[1] - drawn_BC.shape[1]
         values = [self.values[position] for position in range(width, sequences.shape[1])]
-        scored_BC = torch.stack(values, dim=1) if values else torch.empty(len(sequences), 0)
+        scored_BC = (
+            torch.stack(values, dim=1) if values else torch.empty(len(sequences), 0, dtype=torch.float32, device="cpu")
+        )
         return scored_BC.masked_fill(~drawn_BC.to(scored_BC.device), torch.nan)
 
     def kept_at(self, sequences: Tensor, drawn_BC: Tensor) -> list[list[Tensor]]:
@@ -244,7 +246,7 @@ def setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
 def end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
     """The tokens that end a sequence of `generate`, which goes on with padding."""
     ends = setting(model, kwargs, "eos_token_id")
-    return [] if ends is None else [int(end) for end in torch.as_tensor(ends).flatten()]
+    return [] if ends is None else [int(end) for end in torch.as_tensor(ends, device="cpu").flatten()]
 
 
 def drawn_tokens(completions_BC: Tensor, ends: Sequence[int]) -> Tensor:

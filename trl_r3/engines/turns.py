@@ -133,7 +133,7 @@ class _Stitched:
         self.ids = [*prompt, *completion]
         self.bytes = token_bytes(self.ids)
         self.num_rows = max(len(self.ids) - 1, 0)
-        self.logprobs = torch.full((len(self.ids),), float("nan"), device="cpu")
+        self.logprobs = torch.full((len(self.ids),), float("nan"), dtype=torch.float32, device="cpu")
         self.filled = 0  # rows
         self.fed: int | None = None  # tokens up to the end of its longest turn
         self._pieces: list[Tensor] = []

@@ -105,7 +105,7 @@ def tiles(kept: KeptRows, targets_N: Tensor, vocabulary: int) -> Iterator[Tile]:
 def _end_of_tile(ends: Tensor, first: int, limit: int, vocabulary: int) -> int:
     before = int(ends[first - 1]) if first else 0
     widths = (ends[first:limit] - before).clamp(max=vocabulary)
-    fits = torch.arange(1, len(widths) + 1) * widths <= _TILE_ELEMENTS
+    fits = torch.arange(1, len(widths) + 1, device="cpu") * widths <= _TILE_ELEMENTS
     return first + max(int(fits.sum()), 1)
 
 
@@ -139,7 +139,7 @@ class KeptLogProbs(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        logprobs_N = torch.zeros(len(targets_N), device=hidden_NH.device)
+        logprobs_N = torch.zeros(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
         entropies_N = torch.zeros_like(logprobs_N) if entropy else None
         with _no_autocast(hidden_NH):
             for tile in tiles(kept, targets_N, len(weight_VH)):
@@ -159,7 +159,7 @@ class KeptLogProbs(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight_VH, bias_V), _no_autocast(hidden_NH):
             sums = [
-                torch.zeros(each.shape, device=each.device) if needs else None
+                torch.zeros(each.shape, dtype=torch.float32, device=each.device) if needs else None
                 for each, needs in zip((hidden_NH, weight_VH, bias_V), needed, strict=True)
             ]
             if any(grad is not None for grad in grads):

@@ -40,7 +40,7 @@ class KeptRows:
         order = torch.where(counts == 0, torch.iinfo(torch.int64).max, counts).argsort(stable=True)
         rows, counts, starts = rows[order], counts[order], starts[order]
         shifts = starts - (counts.cumsum(0) - counts)
-        take = torch.arange(int(counts.sum())) + torch.repeat_interleave(shifts, counts)
+        take = torch.arange(int(counts.sum()), device="cpu") + torch.repeat_interleave(shifts, counts)
         return cls(rows, counts, mask.ids[take])
 
 
@@ -85,7 +85,7 @@ class MaskedBatch:
         else:
             check_tokens(samples, input_ids, self.prompt_width)
         masks = [sample.mask for sample in samples if sample.mask is not None]
-        lengths = torch.tensor([len(mask) for mask in masks])
+        lengths = torch.tensor([len(mask) for mask in masks], device="cpu")
         rows = scored.cpu().flatten().nonzero()[:, 0]
         sample, position = rows // scored.shape[1], rows % scored.shape[1] - (self.prompt_width - 1)
         if bool(((position < 0) | (position >= lengths[sample])).any()):

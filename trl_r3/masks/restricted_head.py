@@ -86,7 +86,7 @@ class RestrictedHead:
 def _ranks(rows: Tensor) -> Tensor:
     """The place of each row among all, in ascending order."""
     ranks = torch.empty_like(rows)
-    ranks[rows.argsort()] = torch.arange(len(rows))
+    ranks[rows.argsort()] = torch.arange(len(rows), device=rows.device)
     return ranks
 
 

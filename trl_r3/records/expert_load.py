@@ -49,7 +49,7 @@ class ExpertLoad:
         Raises:
             `ValueError`: If an id is no expert of the model: it would count for another layer.
         """
-        ids = torch.as_tensor(routed_experts)
+        ids = torch.as_tensor(routed_experts, device="cpu")
         ids_MLK = ids.reshape(-1, *ids.shape[-2:])
         ids_MLK = ids_MLK[ids_MLK[:, 0, 0] != MISSING]
         low, high = map(int, torch.aminmax(ids_MLK.long())) if ids_MLK.numel() else (0, 0)

@@ -117,7 +117,7 @@ class Sample:
         count = max(_OBSERVED_ROWS, -(-_OBSERVED_PAIRS // len(layout.moe_layers)))
         if len(inner) <= count:
             return inner
-        return inner[torch.linspace(0, len(inner) - 1, count, device="cpu").round().long()]
+        return inner[torch.linspace(0, len(inner) - 1, count, dtype=torch.float32, device="cpu").round().long()]
 
 
 def token_bytes(ids: Sequence[int]) -> bytes:

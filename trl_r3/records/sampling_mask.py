@@ -40,27 +40,28 @@ class SamplingMask:
         """
         tensors = []
         for position, row in enumerate(rows):
-            ids = torch.as_tensor(row) if len(row) else torch.empty(0, dtype=torch.int32)
+            ids = torch.as_tensor(row, device="cpu") if len(row) else torch.empty(0, dtype=torch.int32, device="cpu")
             if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
                 raise ValueError(
                     f"the kept ids of token {position} are {ids.dtype} of shape {tuple(ids.shape)}, expected integers "
                     "in one dimension. Pass one list of token ids a token."
                 )
-            tensors.append(ids.to("cpu", torch.int32))
-        counts = torch.tensor([0, *map(len, tensors)])
-        ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int32)
+            tensors.append(ids.to(torch.int32))
+        counts = torch.tensor([0, *map(len, tensors)], device="cpu")
+        ids = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int32, device="cpu")
         return cls(ids, counts.cumsum(0).int())
 
     @classmethod
     def unrestricted(cls, count: int) -> SamplingMask:
         """So many rows without ids."""
-        return cls(torch.empty(0, dtype=torch.int32), torch.zeros(count + 1, dtype=torch.int32))
+        offsets = torch.zeros(count + 1, dtype=torch.int32, device="cpu")
+        return cls(offsets[:0], offsets)
 
     @classmethod
     def join(cls, masks: Sequence[SamplingMask]) -> SamplingMask:
         """One after the other."""
-        counts = torch.cat([torch.zeros(1, dtype=torch.int64), *(mask.counts for mask in masks)])
-        ids = torch.cat([torch.empty(0, dtype=torch.int32), *(mask.ids for mask in masks)])
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(mask.counts for mask in masks)])
+        ids = torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *(mask.ids for mask in masks)])
         return cls(ids, counts.cumsum(0).int())
 
     def __len__(self) -> int:
@@ -102,8 +103,8 @@ class SamplingMask:
                 f"sample {sample}: its sampling mask has {len(self)} rows, but {len(tokens)} tokens were sampled. "
                 "Return one row of kept ids a token of the completion."
             )
-        row = torch.repeat_interleave(torch.arange(len(self)), self.counts)
-        drawn = torch.as_tensor(tokens)[row] == self.ids
+        row = torch.repeat_interleave(torch.arange(len(self), device="cpu"), self.counts)
+        drawn = torch.as_tensor(tokens, device="cpu")[row] == self.ids
         lacking = (self.counts > 0) & (torch.bincount(row[drawn], minlength=len(self)) == 0)
         if lacking.any():
             position = int(lacking.nonzero()[0])

@@ -33,7 +33,7 @@ class CountedBatch:
     def __post_init__(self):
         layout = self.batch.layout
         shape = (len(layout.moe_layers), layout.num_experts)
-        self.live_LE, self.recorded_LE = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        self.live_LE, self.recorded_LE = (torch.zeros(shape, dtype=torch.int64, device="cpu") for _ in range(2))
 
     def take(self, batch_size: int, num_tokens: int, tokens: Tensor | None = None) -> Tensor:
         """Packed ids of shape `(B, T, L, K)` of the next `batch_size` samples."""

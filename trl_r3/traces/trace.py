@@ -169,7 +169,9 @@ class Trace:
         prompts = self.lengths[:, 0].tolist()
         samples = [Sample(i, *each) for i, each in enumerate(zip(tokens, prompts, records, strict=True))]
         if self.kept_ids is not None and self.kept_counts is not None:
-            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.kept_counts.long().cumsum(0)]).int()
+            offsets = torch.cat(
+                [torch.zeros(1, dtype=torch.int64, device="cpu"), self.kept_counts.long().cumsum(0)]
+            ).int()
             whole, first = SamplingMask(self.kept_ids, offsets), 0
             for sample in samples:
                 sample.mask = whole[first : first + sample.completion_length]
@@ -189,9 +191,9 @@ class Trace:
         for size, prompt_width, width in self.forwards.tolist():
             scored = samples[first : first + size]
             prompts = [sample.prompt_length for sample in scored]
-            ids_BT, mask_BT = torch.empty(2, size, width, dtype=torch.int64)
+            ids_BT, mask_BT = torch.empty(2, size, width, dtype=torch.int64, device="cpu")
             lay_out([sample.tokens for sample in scored], prompts, prompt_width, ids_BT, self.facts.pad_token_id)
-            attended = [torch.ones(length, dtype=torch.int64) for length in prompts]
+            attended = [torch.ones(length, dtype=torch.int64, device="cpu") for length in prompts]
             attended = [torch.cat(each) for each in zip(attended, completions[first : first + size], strict=True)]
             lay_out(attended, prompts, prompt_width, mask_BT, 0)
             yield scored, ids_BT, mask_BT, prompt_width

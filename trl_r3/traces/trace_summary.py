@@ -40,7 +40,11 @@ class Mismatch:
             self.extreme[tau] = self.extreme.get(tau, 0) + int(extreme)
         self.k3 += float(k3)
         if len(size):
-            even = torch.linspace(0, len(size) - 1, min(EVEN_POINTS, len(size))).round().long()
+            even = (
+                torch.linspace(0, len(size) - 1, min(EVEN_POINTS, len(size)), dtype=torch.float32, device="cpu")
+                .round()
+                .long()
+            )
             kept = torch.cat([even, size.topk(min(LARGEST_POINTS, len(size))).indices]).unique()
             self.points.append(torch.stack([rollout_C[kept], size[kept]], dim=1))
 
@@ -110,7 +114,7 @@ def summarise(traces: Iterable[Trace], taus: Sequence[float]) -> tuple[TraceFact
                 f"{first.config_digest[:8]}, step {facts.step} of a {facts.model_type} with "
                 f"{facts.config_digest[:8]}. Keep those of each run in a folder of their own."
             )
-        zeros = torch.zeros(trace.load_live.shape, dtype=torch.int64)
+        zeros = torch.zeros(trace.load_live.shape, dtype=torch.int64, device="cpu")
         step = steps.setdefault(facts.step, StepSummary(facts.step, zeros, zeros, zeros[:, 0]))
         step.add(trace, taus)
     if first is None:

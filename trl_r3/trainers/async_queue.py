@@ -94,7 +94,7 @@ class WaitingRows:
         if record is None or spans is None or len(record) != rows:
             size = (rows, len(self.layout.moe_layers), self.layout.top_k)
             fault = fault or _why_unusable(record, len(sample.input_ids), identity, sample)
-            record = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype).numpy()
+            record = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype, device="cpu").numpy()
             spans = np.array([[rows, sample.model_version, sample.model_version]])
         if fault is not None and self.error is None:
             self.error = ValueError(f"a record of the rollout process cannot be used: {fault}")
@@ -233,7 +233,7 @@ class RoutedCollator(DataCollatorForRollout):
             order = ids[: len(of_node)].numpy().copy()
             ids[: len(of_node)] = torch.from_numpy(of_node[order])
             packed.append(self._packed(row, order, ids[: len(of_node)].clone(), depths[: len(of_node)].clone()))
-        batch[ROW_NUMBER] = torch.tensor(self.waiting.add(packed))
+        batch[ROW_NUMBER] = torch.tensor(self.waiting.add(packed), device="cpu")
         return batch
 
     def _packed(self, row: Any, order: np.ndarray, tokens: torch.Tensor, depths: torch.Tensor) -> PackedRow:

@@ -49,7 +49,7 @@ class ReplayLog:
         """Add to the part and the whole of a metric, one of those that it was made with."""
         # stays on the device: a number that is read makes the host wait for it
         device = self._accelerator.device
-        sums = torch.stack([torch.as_tensor(value, device=device).float() for value in (part, whole)])
+        sums = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in (part, whole)])
         self._own[name] = self._own[name] + sums if name in self._own else sums
 
     def add_replay(self, stats: ReplayStats, batch: ScoredBatch) -> None:
@@ -84,7 +84,7 @@ class ReplayLog:
         """Add up what all processes have added since they last met. Each of them has to come here equally often."""
         if self._own is self._shared:
             return
-        nothing = torch.zeros(2, device=self._accelerator.device)
+        nothing = torch.zeros(2, dtype=torch.float32, device=self._accelerator.device)
         own = torch.stack([self._own.get(name, nothing) for name in self._names])
         sums = self._accelerator.reduce(own, reduction="sum")  # of the same size on every process
         for name, each in zip(self._names, sums, strict=True):
@@ -157,7 +157,7 @@ def sampled_logprobs(batch: dict[str, Any], samples: Sequence[Sample]) -> Tensor
     if len(known) != len(samples):
         return batch.get("sampling_per_token_logps")
     completion_ids = batch["completion_ids"]
-    padded = torch.zeros(completion_ids.shape, dtype=torch.float32)
+    padded = torch.zeros(completion_ids.shape, dtype=torch.float32, device="cpu")
     for row, values in zip(padded, known, strict=True):
         row[: len(values)] = values[: len(row)]
     return padded.to(completion_ids.device)

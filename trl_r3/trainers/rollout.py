@@ -76,7 +76,9 @@ class Rollout:
         logprobs: Sequence[Tensor | None] = record.logprobs or nothing
         parts = zip(prompt_ids, completion_ids, record.prompt_lengths, record.records, masks, logprobs, strict=True)
         samples = [
-            Sample(first + i, torch.tensor([*prompt, *completion]), length, rows, None, mask, values, step)
+            Sample(
+                first + i, torch.tensor([*prompt, *completion], device="cpu"), length, rows, None, mask, values, step
+            )
             for i, (prompt, completion, length, rows, mask, values) in enumerate(parts)
         ]
         return cls(samples)

@@ -153,7 +153,7 @@ class ReplaySession:
         layout = self.attachment.replay.layout if self.captures else None
         if own is None:
             return stitch(self.turns.made, prompt_ids, completion_ids, layout)
-        records, masks = [torch.empty(0)] * len(prompt_ids), None
+        records, masks = [torch.empty(0, device="cpu")] * len(prompt_ids), None
         if layout is not None:
             records = records_from_func(own["routed_experts"], prompt_ids, completion_ids, layout)
         if self.masks:

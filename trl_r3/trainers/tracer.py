@@ -99,8 +99,8 @@ class Tracer:
         if due:
             layout, self._last = self.replay.layout, step
             shape = (len(layout.moe_layers), layout.num_experts)
-            live, recorded = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-            self._pending = Pending(step, live, recorded, torch.zeros(shape[0], dtype=torch.int64))
+            live, recorded = (torch.zeros(shape, dtype=torch.int64, device="cpu") for _ in range(2))
+            self._pending = Pending(step, live, recorded, live.new_zeros(shape[0]))
 
     def source(self, batch: ScoredBatch, scoring: Scoring) -> ScoredBatch | CountedBatch:
         """What a pass over a batch takes its records from: with a count where it is to be traced."""
@@ -122,7 +122,7 @@ class Tracer:
         pending.forwards += [(size, batch.prompt_width, width) for size, width in source.sizes]
         pending.load_live += source.live_LE
         pending.load_recorded += source.recorded_LE
-        pending.changed += torch.as_tensor(stats.changed_by_layer).cpu()
+        pending.changed += torch.as_tensor(stats.changed_by_layer, device="cpu")
         pending.compared_rows += int(stats.compared_tokens)
         if verdict is not None:
             pending.statistics.append((_finite(verdict.agreement), _finite(verdict.contrast)))
@@ -190,8 +190,8 @@ class Tracer:
         kept = SamplingMask.join(masks) if masks else None
         return Trace(
             facts=self._facts(pending),
-            lengths=torch.tensor(lengths, dtype=torch.int32),
-            forwards=torch.tensor(pending.forwards, dtype=torch.int32),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device="cpu"),
+            forwards=torch.tensor(pending.forwards, dtype=torch.int32, device="cpu"),
             tokens=torch.cat([sample.tokens for sample in samples]).int(),
             masks=flat["masks"],
             train_logprobs=torch.cat(pending.train),
