@@ -51,6 +51,22 @@ def test_settings_of_trl(make_masked, setting):
         assert check_passes(trainer, {"top_p": TOP_P})["update"] >= 2
 
 
+def test_loss_of_ones_own_is_over_what_was_kept(make_masked):
+    """At the weights of the rollout its scores are those that the rollout drew with."""
+    mismatch = []
+
+    class OwnLoss(R3GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            scored = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))[0]
+            mismatch.append((scored.detach() - inputs["old_per_token_logps"])[inputs["completion_mask"].bool()])
+            return -(scored * inputs["advantages"][:, None] * inputs["completion_mask"]).sum()
+
+    make_masked(kind=(R3GRPOConfig, OwnLoss, GRPOTrainer), num_iterations=2, max_steps=1).train()
+    assert mismatch[0].abs().max() < 1e-4
+
+
 def test_the_check_sees_a_trainer_without_masks(make_masked):
     """Or the tests above could not fail."""
     with pytest.warns(RuntimeWarning, match="Set `use_sampling_mask_replay=True`"):

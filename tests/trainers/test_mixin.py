@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from model_zoo import build_tiny
 from peft import LoraConfig, TrainableTokensConfig
 from torch import nn
-from trainers.watching import make_tokenizer
+from trainers.watching import PROMPTS, make_tokenizer, same_sets
 from transformers import ProcessorMixin
 
 from trl_r3 import MisalignedRecordError, R3GRPOTrainer
@@ -135,6 +136,78 @@ class OwnLoss(R3GRPOTrainer):
 def test_loss_of_ones_own_that_routes_live_is_an_error(qwen3, build):
     with pytest.raises(RuntimeError, match=r"builds a graph in a training step, but replays nothing.*live_routing"):
         build(qwen3(), trainer_class=OwnLoss).train()
+
+
+class OwnScores(R3GRPOTrainer):
+    """Asks the trainer for scores and nothing else of it, whichever of its two methods is overridden."""
+
+    override = "_compute_loss"
+
+    def own_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        scored = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))
+        return -(scored[0] * inputs["advantages"][:, None] * inputs["completion_mask"]).sum()
+
+    def _compute_loss(self, model, inputs):
+        own = self.override == "_compute_loss" or not self.model.training
+        return self.own_loss(model, inputs) if own else super()._compute_loss(model, inputs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        own = self.override == "compute_loss"
+        return self.own_loss(model, inputs) if own else super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("override", ["_compute_loss", "compute_loss"])
+def test_loss_of_ones_own_that_scores_through_the_trainer(qwen3, train, check, gap, override):
+    own = type("Own", (OwnScores,), {"override": override})
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Dataset.from_dict({"prompt": PROMPTS})}
+    trainer = train(qwen3(), trainer_class=own, while_generating=gap["scrambled"], num_iterations=2, **evaluates)
+    updates = trainer.of("comparison")  # a pass outside of what the watch knows
+    assert len(updates) == 2
+    for one in updates:
+        check.replayed(one)
+        check.drifted(trainer, one)
+    for one in trainer.of("evaluation comparison"):
+        check.live(trainer, one)
+    assert logged(trainer, "routing_replay/replayed_frac") == [1.0, 1.0]
+
+
+def test_slice_of_the_batch_in_a_loss_of_ones_own(qwen3, build):
+    class Sliced(OwnScores):
+        def own_loss(self, model, inputs):
+            parts = {name: value[:2] for name, value in inputs.items() if torch.is_tensor(value) and value.ndim}
+            return super().own_loss(model, parts)
+
+    with pytest.raises(MisalignedRecordError, match="2 sequences .* of 4 samples. Score the whole batch in one call"):
+        build(qwen3(), trainer_class=Sliced).train()
+
+
+def test_reference_in_a_loss_of_ones_own_is_live(qwen3, train, check, gap):
+    class Reference(OwnScores):
+        def own_loss(self, model, inputs):
+            with torch.no_grad(), self.model.disable_adapter():
+                super().own_loss(model, inputs)
+            return super().own_loss(model, inputs)
+
+    adapter = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = train(qwen3(), trainer_class=Reference, while_generating=gap["scrambled"], peft_config=adapter)
+    reference, update = trainer.of("comparison")[:2]
+    assert not same_sets(reference.executed[reference.fed], reference.recorded[reference.fed])
+    check.replayed(update)
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_live_on_purpose_needs_no_replay(qwen3, train, replays):
+    """A run that is compared with keeps its subclass."""
+
+    class OnPurpose(R3GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            loss = super()._compute_loss(model, inputs)
+            with self.live_routing():
+                return loss + 0 * model(input_ids=inputs["prompt_ids"]).logits.mean()
+
+    assert train(qwen3(), trainer_class=OnPurpose, use_routing_replay=replays).state.global_step == 2
 
 
 def test_live_on_purpose_is_logged(qwen3, train):

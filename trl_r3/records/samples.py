@@ -146,8 +146,9 @@ class CheckedTokens:
     def __init__(self, samples: Sequence[Sample], input_ids: Tensor, prompt_width: int, mask: Tensor | None = None):
         if input_ids.shape[0] != len(samples):
             raise MisalignedRecordError(
-                f"{input_ids.shape[0]} sequences are scored with the records of {len(samples)} samples. Index "
-                "`rollout_samples` with the other tensors of the batch."
+                f"{input_ids.shape[0]} sequences are scored with the records of {len(samples)} samples. Score the "
+                "whole batch in one call, with `rollout_samples` indexed as its other tensors are, and what is not of "
+                "the rollout inside `with trainer.live_routing():`."
             )
         self.samples, self.prompt_width = samples, prompt_width
         self._input_ids, self._version = input_ids, edits(input_ids)
@@ -196,7 +197,8 @@ def check_tokens(
             f"sample {samples[row].identity}: {int(wrong[row].sum())} tokens of the batch differ from those that its "
             f"record was made for, the first at position {position}: {int(input_ids[row, position])} instead of "
             f"{int(expected[row, position])}. Whatever reorders or edits the batch has to index `rollout_samples` "
-            "with its other tensors, and to leave the tokens as they are."
+            "with its other tensors, and to leave the tokens as they are. What is not of the rollout is scored inside "
+            "`with trainer.live_routing():`."
         )
     return None if mask is None else RealTokens(mask, seen[1:].view(mask.shape))
 

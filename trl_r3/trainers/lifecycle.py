@@ -139,7 +139,7 @@ class ReplayLifecycle(AttachedTrainer):
     def live_routing(self) -> Iterator[None]:
         """
         Let forwards of a training step go live on purpose, which is an error elsewhere. Their rows are logged as not
-        replayed.
+        replayed. Without replay it changes nothing.
 
         Example:
 
@@ -148,9 +148,12 @@ class ReplayLifecycle(AttachedTrainer):
         ...     auxiliary = model(input_ids=other_ids).logits
         ```
         """
-        guard = self.routing_replay.guard or TrainingGuard()
-        assert self._r3 is not None  # it has the handle
-        with self._r3.scores(None), guard.live_on_purpose():
+        with ExitStack() as stack:
+            if self._r3 is not None:  # else all of them are live
+                stack.enter_context(self._r3.scores(None))
+            if self._r3 is not None and self._r3.routes:
+                guard = self.routing_replay.guard or TrainingGuard()
+                stack.enter_context(guard.live_on_purpose())
             yield
 
     def training_step(self, *args, **kwargs):
@@ -158,6 +161,7 @@ class ReplayLifecycle(AttachedTrainer):
         if self._r3 is None:
             return super().training_step(*args, **kwargs)
         with ExitStack() as stack:
+            stack.enter_context(self._r3.scores(Scoring()))  # of no samples, until the step has its batch
             if self._r3.routes:
                 stack.enter_context(self._r3.attachment.training_step(self._r3.log))
             loss = super().training_step(*args, **kwargs)
@@ -198,6 +202,9 @@ class ReplayLifecycle(AttachedTrainer):
         with self._r3.rollouts.one_batch():
             inputs = super()._prepare_inputs(generation_batch)
         self._r3.rollouts.keep_only(buffered_inputs(self))
+        # in a training step: for a loss of one's own, which calls none of the methods that say so again
+        if self._r3.scoring is not None and "rollout_samples" in inputs:
+            self._r3.scoring = self._scoring_of(inputs)
         return inputs
 
     def _check_parent(self) -> None:
@@ -251,6 +258,12 @@ class ReplayLifecycle(AttachedTrainer):
     @contextmanager
     def _replaying_update(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Let the passes inside be those of an update on a batch of TRL."""
+        assert self._r3 is not None  # or nothing is replayed
+        with self._r3.scores(self._scoring_of(inputs)):
+            yield
+
+    def _scoring_of(self, inputs: dict[str, Any]) -> Scoring:
+        """What passes of an update on a batch of TRL score."""
         r3 = self._r3
         assert r3 is not None  # or nothing is replayed
         if "rollout_samples" not in inputs:
@@ -260,6 +273,4 @@ class ReplayLifecycle(AttachedTrainer):
             )
         if r3.rollout is None:
             raise RuntimeError("an update came before any rollout, so there is no record to replay.")
-        samples = r3.rollouts.get_samples(inputs["rollout_samples"].tolist())
-        with r3.scores(Scoring(samples, inputs)):
-            yield
+        return Scoring(r3.rollouts.get_samples(inputs["rollout_samples"].tolist()), inputs)

@@ -179,7 +179,7 @@ class ReplaySession:
         """
         scoring = self.scoring
         assert scoring is not None  # the caller has looked
-        is_policy = scoring.is_update or not self._is_reference(model)
+        is_policy = (scoring.is_update and torch.is_grad_enabled()) or not self._is_reference(model)
         replays = self.routes and is_policy and not scoring.goes_live
         if not replays and not self.masks:
             return score()
