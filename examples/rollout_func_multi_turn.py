@@ -79,13 +79,15 @@ def play(prompts: list[str], trainer: R3GRPOTrainer) -> dict[str, list]:
         while by_model[i][-1] == 0:
             del completion_ids[i][-1], logprobs[i][-1:], by_model[i][-1]
 
-    record = stitch(turns, prompt_ids, completion_ids, trainer.routing_replay.layout)
+    layout = trainer.routing_replay.layout if trainer.args.use_routing_replay else None
+    record = stitch(turns, prompt_ids, completion_ids, layout)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
         "logprobs": logprobs if all(logprobs) else None,
         "env_mask": by_model,
         "routed_experts": record.records,
+        "sampling_masks": record.masks,
         "won": [game.reward for game in games],
     }
 

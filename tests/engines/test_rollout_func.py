@@ -247,6 +247,26 @@ def test_the_example(tmp_path, monkeypatch):
             assert wrong_rows(rows, trainer.live_rows(tokens, one.weights)) == 0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_routing_replay": False},
+        {"routing_replay_mode": "R2", "num_iterations": 2},
+        {"use_sampling_mask_replay": True, "top_k": 5},
+        {"use_routing_replay": False, "use_sampling_mask_replay": True, "top_k": 5},
+    ],
+)
+def test_the_example_with_other_switches(tmp_path, monkeypatch, changes):
+    """One function serves the run with replay and those that it is compared with."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import rollout_func_multi_turn as example
+
+    config = example.R3GRPOConfig
+    monkeypatch.setattr(example, "R3GRPOConfig", lambda *args, **own: config(*args, **{**own, **changes}))
+    trainer = example.main(["--output-dir", str(tmp_path), "--steps", "2"])
+    assert trainer.state.global_step == 2
+
+
 def test_turns_that_are_asked_for_at_once(server_trainer):
     """Agents in threads, each with a conversation of its own."""
     played = []

@@ -234,6 +234,19 @@ def test_turns_are_joined_by_tokens():
     assert stitch([one, two], [[5, 6], [5, 7]], [[8, 9, 40, 41, 12, 13], [8, 1]], None).masks is None
 
 
+def test_turn_of_which_no_routes_were_recorded():
+    """As with R2, whose rollouts are not asked for any: its rows are missing, those of others stay where they are."""
+    first, second = two_turns()
+    rows = stitch([first, second], [[5, 6]], [[7, 8, 9, 10, 11]], SHAPE).records[0]
+    for without, missing in ((first, slice(0, len(first.records[0]))), (second, slice(len(first.records[0]), None))):
+        kept, without.records, without.logprobs = without.records, [], [torch.zeros(len(without.completion_ids[0]))]
+        (record,) = stitch([first, second], [[5, 6]], [[7, 8, 9, 10, 11]], SHAPE).records
+        assert missing_rows(record, SHAPE).nonzero()[:, 0].tolist() == list(range(len(rows)))[missing]
+        there = ~missing_rows(record, SHAPE)
+        assert there.any() and torch.equal(record[there], rows[there])
+        without.records = kept
+
+
 def test_a_row_without_its_token_is_an_error():
     turn = Turn([[5]], [[8, 9]], [], masks=[SamplingMask.of([[8], [3, 4]])])
     with pytest.raises(ValueError, match=r"sample 0: token 9 was sampled at position 1 of the completion"):

@@ -108,7 +108,7 @@ def stitch(
     stitched = [_Stitched(p, c, layout) for p, c in zip(prompt_ids, completion_ids, strict=True)]
     for turn in turns:
         for entry, sample in enumerate(_samples_of(turn, stitched)):
-            if layout is not None:
+            if layout is not None and turn.records:
                 fed = len(turn.prompt_ids[entry]) + len(turn.completion_ids[entry])
                 check_length(turn.records[entry].shape[0], fed, sample)
                 check_rows(turn.records[entry], layout, sample=sample)
@@ -159,7 +159,8 @@ class _Stitched:
         self.fed = max(len(fed), self.fed or 0)
         if end > self.filled:
             if self.layout is not None:
-                self._pieces.append(turn.records[entry][self.filled : end])
+                rows = turn.records[entry] if turn.records else self._no_rows(len(fed) - 1)
+                self._pieces.append(rows[self.filled : end])
             self.filled = end
         first = len(turn.prompt_ids[entry])
         if turn.logprobs is not None:
@@ -186,9 +187,12 @@ class _Stitched:
             return torch.empty(0, device="cpu")
         if self.filled == self.num_rows and len(self._pieces) == 1:
             return self._pieces[0]
-        size = (self.num_rows - self.filled, len(self.layout.moe_layers), self.layout.top_k)
-        rest = torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype, device="cpu")
-        return torch.cat([*self._pieces, rest])
+        return torch.cat([*self._pieces, self._no_rows(self.num_rows - self.filled)])
+
+    def _no_rows(self, count: int) -> Tensor:
+        assert self.layout is not None  # or there are no records
+        size = (count, len(self.layout.moe_layers), self.layout.top_k)
+        return torch.full(size, self.layout.missing, dtype=self.layout.storage_dtype, device="cpu")
 
     @property
     def mask(self) -> SamplingMask:
