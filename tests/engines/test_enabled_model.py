@@ -161,6 +161,19 @@ def test_generation_config_is_left_as_it_was(qwen, ids):
     assert config.to_dict() == before and qwen.generation_config.to_dict() == own
 
 
+@pytest.mark.parametrize("whose", ["given", "model's"])
+def test_generation_config_may_ask_for_routes(qwen, ids, whose):
+    enable_routing_replay(qwen)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, **WITH_ROUTES)
+    if whose == "given":
+        out = qwen.generate(ids, generation_config=config)
+    else:
+        qwen.generation_config = config
+        out = qwen.generate(ids)
+        assert not hasattr(qwen.generate(ids, output_routed_experts=False), "routed_experts")
+    assert out.routed_experts.shape == (2, 16, 2, 2)
+
+
 # generate() without routes
 
 

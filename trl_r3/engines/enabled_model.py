@@ -38,7 +38,8 @@ def enable_routing_replay(
     Let a Transformers model record and replay its routing.
 
     From now on `model.generate(..., return_dict_in_generate=True, output_routed_experts=True)` returns the expert ids
-    of the rollout in `routed_experts`, and `model(..., routed_experts=...)` replays them.
+    of the rollout in `routed_experts`, and `model(..., routed_experts=...)` replays them. A copy of the model is not
+    enabled, and ignores that argument.
 
     Args:
         model (`torch.nn.Module`):
@@ -163,7 +164,9 @@ class _EnabledModel:
             )
 
     def _generate(self, generate: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not kwargs.pop("output_routed_experts", False):
+        wanted = setting(self.lm, kwargs, "output_routed_experts")
+        kwargs.pop("output_routed_experts", None)
+        if not wanted:
             return generate(*args, **kwargs)
         if not setting(self.lm, kwargs, "return_dict_in_generate"):
             raise ValueError(
