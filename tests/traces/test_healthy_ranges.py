@@ -1,10 +1,13 @@
 """Healthy ranges follow how many experts there are, and how many a token takes."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from trl_r3.traces.healthy_ranges import A_NUMBER, MAX_OVER_MEAN, HealthyRange, healthy_ranges
+
+ROOT = Path(__file__).parents[2]
 
 CHANGED = "routing_replay/changed_router_frac"
 # measured on a Mixtral of (E, K), rollouts in bfloat16 and with weights in eight bits: `trl_r3.traces.healthy_ranges`
@@ -34,6 +37,16 @@ def test_a_load_that_is_everything_is_never_healthy():
     for top_k, experts in ((2, 8), (8, 128), (8, 256), (1, 4)):
         assert experts / top_k not in healthy_ranges(top_k, experts)[MAX_OVER_MEAN]
     assert (healthy_ranges(2, 8)[MAX_OVER_MEAN].high, healthy_ranges(8, 256)[MAX_OVER_MEAN].high) == (3.0, 4.0)
+
+
+def test_the_page_says_for_which_model_its_bounds_are():
+    page = " ".join((ROOT / "docs" / "watching.md").read_text().split())
+    paper, mixtral = healthy_ranges(8, 128), healthy_ranges(2, 8)
+    for name in (CHANGED, MAX_OVER_MEAN):
+        (row,) = [line for line in (ROOT / "docs" / "watching.md").read_text().splitlines() if f"| `{name}` |" in line]
+        assert f"| below {paper[name].high:g} |" in row
+    bounds = f"{mixtral[CHANGED].high:.2g} and {mixtral[MAX_OVER_MEAN].high:g}"
+    assert "are for 8 of 128 experts" in page and f"Mixtral's 2 of 8 are {bounds}." in page
 
 
 def test_every_expert_for_every_token():
