@@ -669,6 +669,11 @@ SEAMS = [
         lambda: "mask_function" in {k.arg for k in ast.walk(tree(create_causal_mask)) if isinstance(k, ast.keyword)},
     ),
     Seam("_compat.py", "torch._C._current_graph_task_id", lambda: torch._C._current_graph_task_id() == -1),
+    Seam(
+        "_compat.py",
+        "torch._C._functorch.get_interpreter_stack",
+        lambda: torch.vmap(lambda x: x + len(torch._C._functorch.get_interpreter_stack()))(torch.zeros(1)) == 1,
+    ),
     Seam("_compat.py", "torch._C._len_torch_dispatch_stack", lambda: torch._C._len_torch_dispatch_stack() == 0),
     Seam(
         "_compat.py",

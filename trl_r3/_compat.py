@@ -22,6 +22,14 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def transforms() -> list[str]:
+    """
+    The transforms of `torch.func` that this thread runs in ("Grad", "Vmap", "Jvp"), the outermost first. Goes when
+    PyTorch has a public way to ask.
+    """
+    return [each.key().name for each in torch._C._functorch.get_interpreter_stack() or ()]
+
+
 def warn(message: str) -> None:
     """
     Warn at the line of the user, through whatever libraries it calls this package.
@@ -215,21 +223,6 @@ def extra_fields(generated: tuple) -> dict[str, Any]:
     It is a plain tuple, of eight values in GRPO and fewer in RLOO. Goes when TRL names its values.
     """
     return generated[_EXTRA_FIELDS]
-
-
-def attention_of(stack: nn.Module) -> str | None:
-    """The name of the attention that a Transformers model runs. Goes when Transformers has a public way to ask."""
-    return getattr(getattr(stack, "config", None), "_attn_implementation", None)
-
-
-def rope_by_length(stack: nn.Module) -> str | None:
-    """
-    The kind of rotary embedding, if it depends on the last position of a batch. Goes when Transformers has a public
-    way to ask.
-    """
-    parameters = getattr(getattr(stack, "config", None), "rope_parameters", None) or {}
-    kinds = [each.get("rope_type") for each in (parameters, *parameters.values()) if isinstance(each, dict)]
-    return next((kind for kind in kinds if kind is not None and ("dynamic" in kind or kind == "longrope")), None)
 
 
 def buffered_inputs(trainer: Any) -> list[dict[str, Any]]:

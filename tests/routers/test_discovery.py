@@ -193,6 +193,14 @@ def test_a_layer_that_is_visited_twice_is_refused(qwen):
         RouterReplay(qwen)
 
 
+def test_layers_that_share_their_experts_are_refused(qwen):
+    qwen.model.layers[3].mlp.experts = qwen.model.layers[1].mlp.experts
+    with pytest.raises(
+        UnsupportedRouterError, match=r"experts of model\.layers\.1\.mlp .* ran 2 times in one forward, .*own"
+    ):
+        RouterReplay(qwen)
+
+
 def test_page_is_of_the_pinned_version():
     """So that CI, which installs that one, checks every line of it."""
     pins = (PAGE.parents[1] / "constraints.txt").read_text(encoding="ascii").splitlines()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._compat import find_causal_lm, warn
+from .._compat import find_causal_lm, transforms, warn
 from ..records.checks import rows_that_matter
 from ..records.record import MISSING, RoutingLayout, missing_rows, unpack
 from ..records.sources import WholeBatch
@@ -112,7 +112,8 @@ def disable_routing_replay(model: nn.Module) -> None:
     own = (
         vars(module)[name] for module in model.modules() for name in ("generate", "forward") if name in vars(module)
     )
-    patches = (patch for patch in map(inspect.unwrap, own) if isinstance(patch, Patch))
+    bare = (getattr(method, "__func__", method) for method in map(inspect.unwrap, own))
+    patches = (patch for patch in bare if isinstance(patch, Patch))
     owners = (getattr(patch.around, "__self__", None) for patch in patches)
     enabled = next((owner for owner in owners if isinstance(owner, _EnabledModel)), None)
     if enabled is None:
@@ -146,6 +147,12 @@ class _EnabledModel:
         if routed_experts is None:
             self._notice_live_loss(given)
             return forward(*args, **kwargs)
+        if kinds := transforms():
+            raise RuntimeError(
+                f"`routed_experts` inside a transform of `torch.func` ({', '.join(kinds).lower()}), where it cannot "
+                "be read. Call the transform inside `with replay.replay(routed_experts):`, `replay` being the handle "
+                "that `enable_routing_replay` returned, with a record of the batch that a forward sees."
+            )
         batch = WholeBatch.of(routed_experts, self.replay.layout)
         _check_missing(batch.record, self.replay.layout, given)
         with self.replay.replay_from(batch):

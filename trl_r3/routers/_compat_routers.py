@@ -24,6 +24,21 @@ def depends_on_shape(hook: Any) -> bool:
     return f"{getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', '')}" in _OF_SHAPE
 
 
+def attention_of(stack: nn.Module) -> str | None:
+    """The name of the attention that a Transformers model runs. Goes when Transformers has a public way to ask."""
+    return getattr(getattr(stack, "config", None), "_attn_implementation", None)
+
+
+def rope_by_length(stack: nn.Module) -> str | None:
+    """
+    The kind of rotary embedding, if it depends on the last position of a batch. Goes when Transformers has a public
+    way to ask.
+    """
+    parameters = getattr(getattr(stack, "config", None), "rope_parameters", None) or {}
+    kinds = [each.get("rope_type") for each in (parameters, *parameters.values()) if isinstance(each, dict)]
+    return next((kind for kind in kinds if kind is not None and ("dynamic" in kind or kind == "longrope")), None)
+
+
 @contextmanager
 def forwards_alone(model: nn.Module) -> Iterator[None]:
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .._compat import is_compiled, pipeline_size, uses_prompt_learning
+from .._compat import is_compiled, pipeline_size, transforms, uses_prompt_learning
+from .gated import GatedRouter
 from .patches import Patch
+from .router import Router
 from .self_check import UnsupportedRouterError
 
 
@@ -69,13 +71,34 @@ def attachable(model: nn.Module) -> nn.Module:
     return unwrapped
 
 
-def refuse_compiled(modules: Iterable[nn.Module]) -> None:
-    """Refuse to record or replay what was compiled after it was attached to."""
+def refuse_unseen(modules: Iterable[nn.Module], routers: Sequence[Router], records: bool) -> None:
+    """
+    Refuse to record or replay where what runs is out of sight.
+
+    Args:
+        modules (iterable of `torch.nn.Module`):
+            The model and its wrapper, which may have been compiled after they were attached to.
+        routers (sequence of [`Router`]):
+            Its routers.
+        records (`bool`):
+            Whether it records.
+    """
     compiled = next((type(module).__name__ for module in modules if is_compiled(module)), None)
     if compiled is not None:
         raise RuntimeError(
             f"{compiled} was compiled after routing replay was attached, which would run past it. Do not call "
             "`compile()` on the model, or remove the handle first."
+        )
+    kinds = transforms()
+    if records and "Vmap" in kinds:
+        raise RuntimeError(
+            "`record()` inside `torch.vmap`, where a forward has no values that could be kept: nothing would be "
+            "recorded. Record the batch in a forward outside."
+        )
+    if kinds and any(isinstance(router, GatedRouter) for router in routers):
+        raise RuntimeError(
+            f"a forward inside a transform of `torch.func` ({', '.join(kinds).lower()}), which the gating op does not "
+            'know. Attach with `gating="intercept"`.'
         )
 
 

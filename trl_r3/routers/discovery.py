@@ -86,7 +86,9 @@ def find_routers(model: nn.Module, gating: str = "auto") -> FoundRouters:
         _refuse_without_events(model, names, experts, watched)
     path, stack = _decoder_stack(model, [event.block for event in watched.events])
     found = [
-        _router_of(event, names, watched) for event in watched.events if not _is_static(event, model, names, experts)
+        _router_of(event, names, watched)
+        for event in watched.events
+        if not _is_static(event, model, names, experts, watched)
     ]
     _refuse_what_is_beside(model, experts, watched)
     found.sort(key=lambda pair: pair[0].layer)
@@ -185,7 +187,7 @@ def _kernel_hint(model: nn.Module) -> str:
     return " because `use_kernels=True` fused them" if uses_kernels(model) else ""
 
 
-def _is_static(event: Event, model: nn.Module, names: dict, experts: dict) -> bool:
+def _is_static(event: Event, model: nn.Module, names: dict, experts: dict, watched: WatchedForward) -> bool:
     """Whether a block without a top-k selects by token id alone (hash routing), so that there is nothing to replay."""
     if selecting(event, names) is not None:
         return False
@@ -204,6 +206,11 @@ def _is_static(event: Event, model: nn.Module, names: dict, experts: dict) -> bo
             f"{where} has no `torch.topk` that selects all experts of each token: for {PROBE_BATCH * PROBE_TOKENS} "
             f"tokens its top-k calls select {calls}, and its experts are given ids of shape {ids}. Replay can only "
             "replace one top-k that decides which experts each token goes to."
+        )
+    if (times := [each.block for each in watched.events].count(event.block)) > 1:
+        raise UnsupportedRouterError(
+            f"the experts of {where} ran {times} times in one forward, so that layers share the module, and a record "
+            "has one slot a layer. Give each layer a module of its own; parameters may be shared."
         )
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in block.named_children())
     raise UnsupportedRouterError(

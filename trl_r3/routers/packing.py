@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .._compat import attention_of
+from ._compat_routers import attention_of
 from .compaction import RealRows
 from .patches import ActivePass
 

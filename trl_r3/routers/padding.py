@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import rope_by_length
 from ..records.sources import RecordSource
+from ._compat_routers import rope_by_length
 from .compaction import CompactExperts, RealRows
 from .packing import PackedAttention, PackedBatch, has_holes
 from .padding_trial import PaddingTrial

@@ -50,6 +50,8 @@ class Patch:
         setattr(module, name, self)
 
     def __call__(self, *args, **kwargs):
+        if args and args[0] is self.module:  # `unwrap_model(keep_fp32_wrapper=False)` makes it a method of the module
+            args = args[1:]
         return self.around(*self.context, self.original, args, kwargs)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
@@ -63,7 +65,8 @@ class Patch:
     def remove(self) -> None:
         """Put back what was there. If somebody wrapped us meanwhile, we stay inside their wrapper and only pass on."""
         self.around, self.context = _pass_on, ()
-        if self.module.__dict__.get(self.name) is self:
+        there = self.module.__dict__.get(self.name)
+        if getattr(there, "__func__", there) is self:
             if self.own is not None:
                 setattr(self.module, self.name, self.own)
             else:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import in_backward, is_compiled
+from .._compat import in_backward, is_compiled, transforms
 from ..records.metrics import ReplayStats
 from ..records.record import missing_rows
 from ..records.sources import RecordSource, WholeBatch
 from ..records.unpadded_rows import unpadded_positions
-from .attachable import attachable, refuse_compiled
+from .attachable import attachable, refuse_unseen
 from .discovery import find_routers
 from .gated import GatedRouter
 from .packing import PackedBatch
@@ -230,8 +230,8 @@ class RouterReplay:
                 "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
             )
         steadies = self.steady_recompute and torch.is_grad_enabled()
-        if (self._source or self._recorded or steadies) and any(map(is_compiled, self._compilable)):
-            refuse_compiled(self._compilable)
+        if (self._source or self._recorded or steadies) and (transforms() or any(map(is_compiled, self._compilable))):
+            refuse_unseen(self._compilable, self.routers, self._recorded is not None)
         if self._source is not None:
             return self._replay_stack(*self._source, forward, args, kwargs)
         if self._recorded is not None:
