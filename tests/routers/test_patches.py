@@ -6,7 +6,6 @@ import copy
 import inspect
 import pickle
 
-import accelerate
 import pytest
 import torch
 from model_zoo import build_tiny
@@ -181,25 +180,3 @@ def test_the_batch_of_a_forward():
 def test_a_mask_that_says_which_tokens_are_real():
     assert attended_tokens(MASK, 2, 6).tolist() == MASK.bool().flatten().tolist()
     assert attended_tokens(MASK[:, :5], 2, 6) is None and attended_tokens(None, 2, 6) is None
-
-
-@pytest.mark.parametrize("first", ["enable", "prepare"])
-def test_accelerate_takes_its_autocast_off(qwen, ids, first):
-    """`keep_fp32_wrapper=False` makes whatever forward the model has a method of it."""
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    model = qwen
-    for step in [first, *({"enable", "prepare"} - {first})]:
-        if step == "enable":
-            replay = enable_routing_replay(model)
-        else:
-            model = accelerator.prepare(model)
-    unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    record = foreign_record(replay, *ids.shape)
-    with executed_ids(unwrapped) as seen:
-        unwrapped(ids, routed_experts=record)
-    assert torch.equal(stacked(seen, 2), record)
-    disable_routing_replay(unwrapped)
-    with executed_ids(unwrapped) as seen:
-        unwrapped(ids)
-    assert not torch.equal(stacked(seen, 2), record)
-    RouterReplay(unwrapped).remove()

@@ -211,3 +211,24 @@ def test_prepared_by_accelerate(qwen, ids, accelerator, order, adapters):
     disable_routing_replay(enabled)
     assert torch.equal(model(ids).logits, live)
     assert differing(backward(model, ids)[1], backward(untouched, ids)[1]) == []
+
+
+@pytest.mark.parametrize("first", ["enable", "prepare"])
+def test_accelerate_takes_its_autocast_off(qwen, ids, accelerator, first):
+    """`keep_fp32_wrapper=False` makes whatever forward the model has a method of it."""
+    model = qwen
+    for step in [first, *({"enable", "prepare"} - {first})]:
+        if step == "enable":
+            replay = enable_routing_replay(model)
+        else:
+            model = accelerator.prepare(model)
+    unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    record = foreign_record(replay, *ids.shape)
+    with executed_ids(unwrapped) as seen:
+        unwrapped(ids, routed_experts=record)
+    assert torch.equal(stacked(seen, 2), record)
+    disable_routing_replay(unwrapped)
+    with executed_ids(unwrapped) as seen:
+        unwrapped(ids)
+    assert not torch.equal(stacked(seen, 2), record)
+    RouterReplay(unwrapped).remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from torch import nn
 
@@ -100,6 +101,14 @@ def refuse_unseen(modules: Iterable[nn.Module], routers: Sequence[Router], recor
             f"a forward inside a transform of `torch.func` ({', '.join(kinds).lower()}), which the gating op does not "
             'know. Attach with `gating="intercept"`.'
         )
+
+
+def refuse_unread() -> NoReturn:
+    """What raises where a record comes to the decoder that nobody has taken on the way."""
+    raise RuntimeError(
+        "`routed_experts` was passed to a model that does not take it, so nothing of it would be replayed. Call the "
+        "model that was enabled with `enable_routing_replay`, or use `replay()`."
+    )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -9,12 +9,13 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
 
-from .._compat import checkpoint_functions
+from .._compat import checkpoint_functions, in_backward
 from ..records.sources import RecordSource
 from ..records.unpadded_rows import sequence_lengths, unpadded_positions
 
@@ -107,17 +108,54 @@ class Pass(Protocol):
         """Run router `index` as this pass wants it."""
 
 
+@dataclass
+class _Shared:
+    """What all threads know of a handle."""
+
+    removed: threading.Event = field(default_factory=threading.Event)
+    thread: int | None = None  # whose forwards are recorded or replayed
+
+
 class ActivePass(threading.local):
     """The pass that this thread is in. Backward recomputes on threads of its own."""
 
     current: Pass | None = None
-    removed: threading.Event  # shared by all threads
 
-    def __init__(self, removed: threading.Event):
-        self.removed = removed  # threading.local passes this on to every thread
+    def __init__(self, shared: _Shared):
+        self.shared = shared  # threading.local passes this on to every thread
+
+    @classmethod
+    def idle(cls) -> ActivePass:
+        """In no pass."""
+        return cls(_Shared())
+
+    @property
+    def removed(self) -> threading.Event:
+        """Set once the handle is removed."""
+        return self.shared.removed
+
+    def begin(self) -> None:
+        """A context that records or replays begins."""
+        self.shared.thread = None
+
+    def meet(self) -> None:
+        """
+        Take the thread of a forward inside a context, the first that comes, or refuse another: what threads feed at
+        the same time is of other tokens.
+        """
+        if in_backward():
+            return
+        own, known = threading.get_ident(), self.shared.thread
+        if known not in (None, own):
+            raise RuntimeError(
+                f"a forward of thread {own} inside a `record()` or `replay()` that has one of thread {known}: it "
+                "would go through experts of other tokens, or be recorded among them. Let threads wait for each other "
+                "(a lock), or give each a model of its own."
+            )
+        self.shared.thread = own
 
     def __reduce__(self):  # a copied model starts idle
-        return (_idle, ())
+        return (ActivePass.idle, ())
 
     @contextmanager
     def use(self, pass_: Pass | None) -> Iterator[None]:
@@ -164,10 +202,6 @@ class CurrentModules:
         if layers != self._layers:
             self._layers, self._all = layers, list(self.stack.modules())
         return self._all
-
-
-def _idle() -> ActivePass:
-    return ActivePass(threading.Event())
 
 
 @contextmanager

@@ -6,7 +6,6 @@ experts per token.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from ..records.metrics import ReplayStats
 from ..records.record import missing_rows
 from ..records.sources import RecordSource, WholeBatch
 from ..records.unpadded_rows import unpadded_positions
-from .attachable import attachable, refuse_unseen
+from .attachable import attachable, refuse_unread, refuse_unseen
 from .discovery import find_routers
 from .gated import GatedRouter
 from .packing import PackedBatch
@@ -84,7 +83,7 @@ class RouterReplay:
         found = find_routers(unwrapped, gating)
         self.routers, self.stack, self.layout = found.routers, found.stack, found.layout
         self._modules = CurrentModules(self.stack)
-        self._active = ActivePass(threading.Event())
+        self._active = ActivePass.idle()
         self._recomputes = False  # whether a recompute has to go through the experts of its forward
         self.steady_recompute = False  # whether live forwards that build a graph want that, too
         self.steady_pass: Callable[..., RecordingPass] = RecordingPass  # what these are then
@@ -215,6 +214,7 @@ class RouterReplay:
         busy = "record" if self._recorded is not None else "replay" if self._source is not None else None
         if busy is not None:
             raise RuntimeError(f"`{wanted}()` inside `{busy}()`: a forward either records or replays. Nest nothing.")
+        self._active.begin()
 
     def _route(self, index: int, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if (pass_ := self._active.current) is not None:
@@ -225,13 +225,12 @@ class RouterReplay:
 
     def _forward_stack(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("routed_experts") is not None:
-            raise RuntimeError(
-                "`routed_experts` was passed to a model that does not take it, so nothing of it would be replayed. "
-                "Call the model that was enabled with `enable_routing_replay`, or use `replay()`."
-            )
+            refuse_unread()
         steadies = self.steady_recompute and torch.is_grad_enabled()
         if (self._source or self._recorded or steadies) and (transforms() or any(map(is_compiled, self._compilable))):
             refuse_unseen(self._compilable, self.routers, self._recorded is not None)
+        if self._source or self._recorded:
+            self._active.meet()
         if self._source is not None:
             return self._replay_stack(*self._source, forward, args, kwargs)
         if self._recorded is not None:
