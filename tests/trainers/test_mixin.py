@@ -173,6 +173,22 @@ def test_loss_of_ones_own_that_scores_through_the_trainer(qwen3, train, check, g
     assert logged(trainer, "routing_replay/replayed_frac") == [1.0, 1.0]
 
 
+def test_scores_before_the_step_has_its_batch_are_live(qwen3, train, check, gap):
+    class Looking(R3GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+            with torch.no_grad():
+                self._get_per_token_logps_and_entropies(self.model, ids, mask, batch["completion_ids"].size(1))
+            return batch
+
+    trainer = train(qwen3(), trainer_class=Looking, while_generating=gap["scrambled"])
+    for one in trainer.of("comparison"):
+        check.live(trainer, one)
+    assert_updates_replay(trainer, check)
+
+
 def test_slice_of_the_batch_in_a_loss_of_ones_own(qwen3, build):
     class Sliced(OwnScores):
         def own_loss(self, model, inputs):

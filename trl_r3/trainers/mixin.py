@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .._compat import extra_fields
 from ..engines.turns import Turn
 from .construction import check_parent
@@ -107,5 +109,7 @@ class RoutingReplayMixin(ReplayLifecycle):
             )
 
         if self._r3 is None or self._r3.scoring is None:
+            return score()
+        if not (self._r3.scoring.samples or torch.is_grad_enabled()):  # in a step that has no batch yet
             return score()
         return self._r3.score(model, input_ids, attention_mask, logits_to_keep, score)

@@ -217,7 +217,7 @@ class ReplaySession:
             What `forward` returned.
         """
         scoring = self.scoring
-        if scoring is None or (scoring.is_update and not torch.is_grad_enabled()):
+        if scoring is None or not (torch.is_grad_enabled() or (scoring.samples and not scoring.is_update)):
             return forward()
         checked = CheckedTokens(scoring.samples, input_ids, input_ids.size(1) - logits_to_keep)
         if not scoring.is_update:
