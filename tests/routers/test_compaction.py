@@ -6,7 +6,7 @@ from torch import nn
 
 from trl_r3.routers.compaction import CompactExperts, RealRows
 from trl_r3.routers.passes import LivePass
-from trl_r3.routers.patches import ActivePass, _idle
+from trl_r3.routers.patches import ActivePass
 
 MASK = torch.tensor([[0, 1, 1], [1, 0, 1]])  # a hole does no harm here
 
@@ -30,7 +30,7 @@ class Layer(nn.Module):
 
 
 def test_rows_are_taken_out_and_come_back_as_zeros():
-    layer, active = Layer(), _idle()
+    layer, active = Layer(), ActivePass.idle()
     compact = CompactExperts(layer, active)
     hidden, ids = torch.arange(1.0, 13.0).view(6, 2).requires_grad_(), torch.zeros(6, 1).int()
     pass_ = LivePass()
@@ -51,7 +51,7 @@ def test_rows_are_taken_out_and_come_back_as_zeros():
 
 def test_experts_of_whole_sequences():
     """Those of DBRX take hidden states as (batch, tokens), and ids by row."""
-    layer, active, pass_ = Layer(), _idle(), LivePass()
+    layer, active, pass_ = Layer(), ActivePass.idle(), LivePass()
     CompactExperts(layer, active)
     hidden = torch.arange(12.0).view(2, 3, 2)
     pass_.real = RealRows.of(MASK.bool())
@@ -64,7 +64,7 @@ def test_experts_of_whole_sequences():
 @pytest.mark.parametrize("real", [torch.ones(2, 3), torch.zeros(2, 3)])
 def test_masks_that_say_nothing(real):
     assert RealRows.of(real.bool()) is None
-    assert isinstance(_idle(), ActivePass)
+    assert isinstance(ActivePass.idle(), ActivePass)
 
 
 def test_rows_of_values_and_back():

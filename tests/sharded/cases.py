@@ -117,15 +117,22 @@ def biased(config: str) -> list[Case]:
     return [Case(f"{config} biased", "sharded.train_biased", [])] if config.startswith("fsdp2") else []
 
 
-KINDS_BY = {"single_gpu lora": ["--lora"], "ddp": [], "fsdp2": [], "fsdp2 lora": ["--lora"], "zero3": []}
+ONE_OF_EACH = ["RLOO", "GRPO", "Distillation"]  # a sequence's ratio, turns, and hidden states of a student
+KINDS_BY = {
+    "single_gpu lora": list(KINDS),
+    "ddp": list(KINDS),
+    "fsdp2": ONE_OF_EACH,
+    "fsdp2 lora": list(KINDS),
+    "zero3": ONE_OF_EACH,
+}
 
 
 def of_kinds(config: str) -> list[Case]:
     """The other trainers, and GRPO with tools."""
     return [
-        Case(f"{by} {kind}", "sharded.train_kinds", [kind, *options])
-        for by, options in KINDS_BY.items()
-        for kind in KINDS
+        Case(f"{by} {kind}", "sharded.train_kinds", [kind, *(["--lora"] if "lora" in by else [])])
+        for by, kinds in KINDS_BY.items()
+        for kind in kinds
         if by.split()[0] == config
     ]
 

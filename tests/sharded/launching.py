@@ -92,7 +92,8 @@ class Results:
         (key,) = [key for key, launch in self.launches.items() if name in {case.name for case in launch.cases}]
         with once(self.folder / f"{key}.launched") as first:
             if first:
-                self.launches[key].run(self.folder)
+                with locked(self.folder / "launching.lock"):  # processes that wait for each other want the cores
+                    self.launches[key].run(self.folder)
         return self.launches[key].reports(self.folder, name)
 
 
@@ -107,7 +108,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
 @contextmanager
 def once(done: Path) -> Iterator[bool]:
     """Whether the block has to do what makes `done`: the first worker does, others wait for it."""
-    with done.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(done.with_suffix(".lock")):
         yield not done.exists()
         done.touch()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One worker at a time."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -6,11 +6,16 @@ import pytest
 from sharded.cases import KINDS_BY
 from sharded.launching import KINDS as DISTRIBUTED
 from sharded.launching import needs_deepspeed
-from sharded.train_kinds import KINDS
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("by", [pytest.param(by, marks=needs_deepspeed if "zero3" in by else ()) for by in KINDS_BY])
+@pytest.mark.parametrize(
+    ("by", "kind"),
+    [
+        pytest.param(by, kind, marks=needs_deepspeed if by == "zero3" else ())
+        for by, kinds in KINDS_BY.items()
+        for kind in kinds
+    ],
+)
 def test_every_row_of_every_process_is_that_of_its_rollout(results, by, kind):
     ranks = results(f"{by} {kind}")
     for report in ranks:
